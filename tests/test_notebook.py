@@ -39,6 +39,8 @@ def test_shapes_are_compared_before_values():
     assert distance(torch.ones(3), torch.ones(3, 1)) == torch.inf
     assert distance([1, 2], [1, 2, 3]) == torch.inf
     assert distance(torch.ones(2), [1, 1]) == 0
+    third = torch.tensor([1 / 3], dtype=torch.float64)
+    assert distance(third, [F(1, 3)]) < 1e-16  # a list is not rounded to float32 on the way
 
 
 def test_agreement_looks_at_every_pair():

@@ -107,9 +107,8 @@ class GPT(nn.Module):
         self.positions = nn.Embedding(config.max_len, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = nn.LayerNorm(
-            config.d_model
-        )  # the stream is a sum of 2L writes: norm it once more
+        # The stream is a sum of 2L writes: norm it once more.
+        self.norm = nn.LayerNorm(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.head.weight = self.tokens.weight  # one table reads tokens and writes them
         self.apply(self._init)
@@ -157,18 +156,24 @@ class GPT(nn.Module):
         *,
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
-    ) -> Int[Tensor, "B T+n"]:
+    ) -> Int[Tensor, "B T+{n_new}"]:
         """The prompt and n_new tokens after it; temperature 0 takes the likeliest."""
+        if ids.shape[-1] == 0 or n_new < 0 or not 0 <= temperature < math.inf:
+            asked = f"{tuple(ids.shape)}, {n_new} new tokens and temperature {temperature}"
+            raise ValueError(f"a prompt has tokens, numbers are 0 or more and finite; got {asked}")
         cache, new, mode = self.new_cache(len(ids)), ids, self.training
         self.eval()
-        for _ in range(n_new):
-            logits = self(new, cache=cache)[:, -1]
-            if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)
-            else:
-                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-            ids = torch.cat([ids, new], dim=1)
-        self.train(mode)
+        try:
+            for _ in range(n_new):
+                logits = self(new, cache=cache)[:, -1]
+                if temperature == 0:
+                    new = logits.argmax(-1, keepdim=True)
+                else:
+                    odds = (logits / temperature).softmax(-1)
+                    new = torch.multinomial(odds, 1, generator=generator)
+                ids = torch.cat([ids, new], dim=1)
+        finally:
+            self.train(mode)
         return ids
 
 
@@ -176,7 +181,8 @@ def loss(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]) -> Float[T
     """Mean of -ln p(target), in nats, over the targets that are not -100."""
     if (targets == -100).all():
         raise ValueError("every target is -100: there is nothing to average")
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 class Cache:
@@ -213,8 +219,8 @@ class Cache:
     def reorder(self, rows: Int[Tensor, " B"]) -> None:
         """Row b continues what row rows[b] has read."""
         n = self.buffers[0].shape[1]
-        if rows.shape != (n,) or not 0 <= rows.min() <= rows.max() < n:
-            raise ValueError(f"rows must be {n} numbers below {n}, got {rows.tolist()}")
+        if rows.dtype != torch.int64 or rows.shape != (n,) or rows.min() < 0 or rows.max() >= n:
+            raise ValueError(f"rows must be {n} integers below {n}, got {rows.tolist()}")
         self.buffers = [x[:, rows] for x in self.buffers]
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 import textwrap
+import warnings
 from collections.abc import Mapping
 from fractions import Fraction
 from itertools import combinations
@@ -19,6 +20,7 @@ def setup(random_seed: int = 0) -> None:
     """The same numbers on every machine: one thread, a fixed random seed, four decimals."""
     torch.manual_seed(random_seed)
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="IProgress not found")  # no page shows progress bars
     torch.set_printoptions(precision=4, sci_mode=False)
     shell = get_ipython()
     if shell is not None:
@@ -88,8 +90,11 @@ def distance(x: Any, y: Any) -> float | Fraction:
             return torch.inf
         return max((distance(a, b) for a, b in zip(x, y, strict=True)), default=0)
     if isinstance(x, Tensor) or isinstance(y, Tensor):
-        x, y = (a if isinstance(a, Tensor) else torch.tensor(_floats(a)) for a in (x, y))
-        return distance(x.double(), y.double())
+        x, y = (
+            a if isinstance(a, Tensor) else torch.tensor(_floats(a), dtype=torch.float64)
+            for a in (x, y)
+        )
+        return distance(x, y)
     exact = isinstance(x, int | Fraction) and isinstance(y, int | Fraction)
     gap = abs(x - y) if exact else abs(float(x) - float(y))
     return gap if gap == gap else torch.inf

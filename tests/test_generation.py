@@ -1,0 +1,428 @@
+"""The next token, by definition and by counting; and rows that must not notice each other."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from heed.generation import filter_logits, generate
+from heed.gpt import GPT, GPTConfig
+
+f64, inf = torch.float64, math.inf
+
+
+def tiny(dtype=f64, **settings):
+    sizes = {"vocab_size": 61, "max_len": 23, "n_layers": 2, "n_heads": 3, "d_model": 33}
+    model = GPT(GPTConfig(**sizes | settings)).to(dtype)
+    draw = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.data = 0.4 * torch.randn(p.shape, generator=draw, dtype=f64).to(dtype)
+    return model.eval()
+
+
+def text(B=3, T=7, random_seed=1):
+    return torch.randint(61, (B, T), generator=torch.Generator().manual_seed(random_seed))
+
+
+def seeded(n=0):
+    return torch.Generator().manual_seed(n)
+
+
+class Clock(nn.Module):
+    """Says the next number, modulo V, and counts how often it is asked."""
+
+    def __init__(self, V=10):
+        super().__init__()
+        self.V, self.calls = V, 0
+
+    def forward(self, ids):
+        self.calls += 1
+        return nn.functional.one_hot((ids.long() + 1) % self.V, self.V).double()
+
+
+# The filter
+
+P = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2], dtype=f64)  # by rank: 1, 3, 4, 0, 2
+
+
+def kept(p=P, **settings):
+    return (filter_logits(p.log(), **settings) > -inf).nonzero()[:, 0].tolist()
+
+
+def test_without_settings_nothing_changes():
+    logits = torch.randn(2, 3, 5)
+    assert torch.equal(filter_logits(logits), logits)
+    assert torch.equal(filter_logits(logits, top_k=5, top_p=1.0), logits)
+
+
+def test_temperature_divides_the_scores():
+    logits = torch.randn(2, 5, dtype=f64)
+    assert torch.equal(filter_logits(logits, temperature=0.7), logits / 0.7)
+
+
+@pytest.mark.parametrize(
+    "k, want", [(1, [1]), (2, [1, 3]), (4, [0, 1, 3, 4]), (99, [0, 1, 2, 3, 4])]
+)
+def test_the_top_k_stay(k, want):
+    assert kept(top_k=k) == want
+
+
+@pytest.mark.parametrize(
+    "p, want",
+    [
+        (1e-9, [1]),
+        (0.39, [1]),
+        (0.41, [1, 3]),
+        (0.64, [1, 3]),
+        (0.66, [1, 3, 4]),
+        (0.86, [0, 1, 3, 4]),
+        (0.949, [0, 1, 3, 4]),
+        (0.951, [0, 1, 2, 3, 4]),
+        (1.0, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_the_fewest_that_hold_the_share_p_stay_with_the_one_that_crosses_it(p, want):
+    assert kept(top_p=p) == want
+
+
+def test_a_token_that_reaches_p_exactly_needs_no_other():
+    assert kept(torch.tensor([0.25, 0.5, 0.125, 0.125]), top_p=0.75) == [0, 1]
+
+
+def test_temperature_comes_first_then_k_then_p():
+    # At temperature 1/2 the shares go with p²: 16, 6.25, 4, 1 and 0.25 of 27.5.
+    assert kept(top_p=0.62) == [1, 3]
+    assert kept(top_p=0.57, temperature=0.5) == [1]
+    # Of the best two, the first alone holds 0.4 / 0.65 = 0.615.
+    assert kept(top_p=0.61, top_k=2) == [1]
+    assert kept(top_p=0.62, top_k=2) == [1, 3]
+
+
+def test_what_stays_keeps_its_score_in_every_row():
+    logits = torch.randn(3, 4, 31)
+    out = filter_logits(logits, temperature=0.7, top_k=7, top_p=0.8)
+    stays = out > -inf
+    assert torch.equal(out[stays], (logits / 0.7)[stays])
+    for b in range(3):
+        for t in range(4):
+            alone = filter_logits(logits[b, t], temperature=0.7, top_k=7, top_p=0.8)
+            assert torch.equal(out[b, t], alone)
+            dropped = (logits / 0.7)[b, t][~stays[b, t]]
+            assert out[b, t][stays[b, t]].min() >= dropped.max()
+
+
+def test_of_equal_scores_the_first_in_the_vocabulary_stays_as_for_argmax():
+    logits = torch.tensor([1.0, 2.0, 2.0, 2.0])
+    assert (filter_logits(logits, top_k=2) > -inf).tolist() == [False, True, True, False]
+    assert (filter_logits(logits, top_p=0.01) > -inf).tolist() == [False, True, False, False]
+
+
+def test_p_of_one_keeps_a_tail_that_rounding_would_lose():
+    logits = torch.cat([torch.zeros(1), torch.full((10_000,), -40.0)])
+    assert torch.equal(filter_logits(logits, top_p=1.0), logits)
+    flat = torch.zeros(50_000)
+    assert (filter_logits(flat, top_p=0.5) > -inf).sum() == 25_000
+
+
+def test_impossible_tokens_stay_impossible():
+    logits = torch.tensor([-inf, 1.0, 0.0, -inf])
+    for settings in ({}, {"top_k": 3}, {"top_p": 0.99}, {"temperature": 3.0}):
+        assert (filter_logits(logits, **settings) == -inf).tolist() == [True, False, False, True]
+
+
+def test_the_logits_that_come_in_are_not_touched():
+    logits = torch.randn(2, 5)
+    before = logits.clone()
+    filter_logits(logits, temperature=0.5, top_k=2, top_p=0.5)
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"temperature": -1.0}, "temperature .* -1.0"),
+        ({"temperature": math.nan}, "temperature .* nan"),
+        ({"temperature": inf}, "temperature .* inf"),
+        ({"top_k": 0}, "top_k .* 0"),
+        ({"top_k": -3}, "top_k .* -3"),
+        ({"top_k": 2.5}, "top_k .* 2.5"),
+        ({"top_p": 0.0}, "top_p .* 0.0"),
+        ({"top_p": -0.1}, "top_p .* -0.1"),
+        ({"top_p": 1.1}, "top_p .* 1.1"),
+        ({"top_p": math.nan}, "top_p .* nan"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_by_both(settings, said, unchecked):
+    with pytest.raises(ValueError, match=said):
+        filter_logits(torch.randn(5), **settings)
+    for n_new in (0, 3):
+        with pytest.raises(ValueError, match=said):
+            generate(tiny(), text(), n_new, **settings)
+
+
+def test_temperature_zero_leaves_nothing_to_filter():
+    with pytest.raises(ValueError, match="temperature 0"):
+        filter_logits(torch.randn(5), temperature=0.0)
+
+
+BAD_SCORES = [[1.0, math.nan], [1.0, inf], [-inf, -inf], [inf, -inf]]
+
+
+@pytest.mark.parametrize("row", BAD_SCORES)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_scores_that_say_nothing_never_become_a_token(row, temperature):
+    with pytest.raises(ValueError, match="NaN or .inf|all -inf"):
+        filter_logits(torch.tensor([[0.0, 1.0], row]))
+
+    def model(ids):
+        return torch.tensor([[0.0, 1.0], row])[:, None].expand(2, ids.shape[1], 2)
+
+    with pytest.raises(ValueError, match="NaN or .inf|all -inf"):
+        generate(model, torch.zeros(2, 3).long(), 1, temperature=temperature)
+
+
+def test_a_temperature_that_overflows_is_refused():
+    with pytest.raises(ValueError, match="1e-40"):
+        filter_logits(torch.tensor([5.0, 1.0]), temperature=1e-40)
+
+
+# Generating
+
+
+def test_greedy_takes_the_likeliest_again_and_again():
+    model, ids = tiny(), text()
+    want = ids
+    for _ in range(9):
+        want = torch.cat([want, model(want)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(generate(model, ids, 9), want)
+    assert torch.equal(generate(model, ids, 9, top_k=1, temperature=1.0), want)
+    assert torch.equal(generate(model, ids, 9, top_k=5, top_p=0.5), want)
+
+
+def test_with_and_without_a_cache_the_model_says_the_same():
+    """The logits of every step, to 1e-10 in float64, and the cache is really used."""
+
+    class Watched(GPT):
+        def forward(self, ids, *, cache=None):
+            logits = super().forward(ids, cache=cache)
+            seen.append((ids.shape[1], logits[:, -1]))
+            return logits
+
+    model, runs = tiny(), []
+    model.__class__ = Watched
+    for use_cache in (True, False):
+        seen = []
+        settings = {"temperature": 0.8, "top_k": 9, "generator": seeded()}
+        out = generate(model, text(), 12, use_cache=use_cache, **settings)
+        runs.append((out, *zip(*seen, strict=True)))
+    (with_cache, read, cached), (without, reread, uncached) = runs
+    assert torch.equal(with_cache, without)
+    assert read == (7, *11 * (1,)) and reread == tuple(range(7, 19))
+    for a, b in zip(cached, uncached, strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 1.0},
+        {"temperature": 2.0},
+        {"temperature": 1.0, "top_k": 6},
+        {"temperature": 1.5, "top_p": 0.8},
+        {"temperature": 1.5, "top_k": 9, "top_p": 0.9},
+    ],
+)
+def test_tokens_are_drawn_as_often_as_their_probability_says(settings):
+    n, model, ids = 20_000, Clock(), text(B=1, T=2) % 10
+    scores = torch.randn(10, generator=seeded(4), dtype=f64)
+    model.forward = lambda ids: scores.expand(*ids.shape, 10)
+    drawn = generate(model, ids.expand(n, 2), 1, generator=seeded(), **settings)[:, 2]
+    expected = n * filter_logits(scores, **settings).softmax(-1)
+    found = drawn.bincount(minlength=10)
+    possible = expected > 0
+    assert (found[~possible] == 0).all()
+    chi2 = ((found - expected).square() / expected)[possible].sum().item()
+    df = int(possible.sum()) - 1
+    assert df >= 2 and chi2 < df + 6 * math.sqrt(2 * df)
+
+
+def test_the_generator_decides_and_the_global_one_is_left_alone():
+    model, state = tiny(), torch.get_rng_state()
+    a, b, c = (generate(model, text(), 9, temperature=1.0, generator=seeded(n)) for n in (3, 3, 4))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_any_function_from_ids_to_logits_will_do():
+    ids = torch.tensor([[3, 4], [8, 9]])
+    assert generate(Clock(), ids, 3).tolist() == [[3, 4, 5, 6, 7], [8, 9, 0, 1, 2]]
+    assert generate(Clock().forward, ids, 1).tolist() == [[3, 4, 5], [8, 9, 0]]
+    assert generate(Clock(), ids.int(), 1).dtype == torch.int32
+
+
+def test_nothing_new_gives_the_prompt():
+    assert torch.equal(generate(tiny(), text(), 0), text())
+
+
+def test_half_precision_is_drawn_from_in_float32():
+    """101 / 0.7 - 100 / 0.7 is 1.43. In bfloat16 it is 144 - 143 = 1: odds of 2.7, not 4.2."""
+    scores = torch.tensor([100.0, 101.0], dtype=torch.bfloat16)
+    drawn = generate(
+        lambda ids: scores.expand(*ids.shape, 2),
+        text(B=1).expand(5000, 7),
+        1,
+        temperature=0.7,
+        generator=seeded(),
+    )
+    share = 1 / (1 + math.exp(-1 / 0.7))
+    assert abs(drawn[:, -1].double().mean().item() - share) < 5 * math.sqrt(share / 4 / 5000)
+
+
+# Ends
+
+
+def test_after_its_end_a_row_says_nothing_else():
+    ids = torch.tensor([[3, 4], [6, 7], [8, 9], [1, 0]])
+    want = [
+        [3, 4, 5, 6, 7, 8, 8],
+        [6, 7, 8, 8, 8, 8, 8],
+        [8, 9, 0, 1, 2, 3, 4],
+        [1, 0, 1, 2, 3, 4, 5],
+    ]
+    assert generate(Clock(), ids, 5, eos=8).tolist() == want
+
+
+def test_when_all_rows_have_ended_the_model_is_asked_no_more():
+    model = Clock()
+    ids = torch.tensor([[5, 6], [6, 7]])
+    assert generate(model, ids, 6, eos=8).tolist() == [[5, 6, 7, *5 * [8]], [6, 7, *6 * [8]]]
+    assert model.calls == 2
+
+
+def test_a_row_with_an_end_in_its_prompt_goes_on():
+    assert generate(Clock(), torch.tensor([[8, 1]]), 3, eos=8).tolist() == [[8, 1, 2, 3, 4]]
+
+
+def test_an_end_does_not_change_what_comes_before_it():
+    model, ids = tiny(), text()
+    free = generate(model, ids, 12)
+    eos = free[0, 12].item()
+    out = generate(model, ids, 12, eos=eos)
+    for b in range(3):
+        said = free[b, 7:].tolist()
+        stop = said.index(eos) if eos in said else 12
+        assert out[b, 7:].tolist() == said[:stop] + [eos] * (12 - stop)
+
+
+# Rows of different length
+
+
+def padded(rows, filler):
+    T = max(map(len, rows))
+    return torch.stack([torch.cat([r, r.new_full((T - len(r),), filler)]) for r in rows])
+
+
+@pytest.mark.parametrize("filler", [0, 60, -100, 10**9])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_row_among_longer_ones_comes_out_as_if_alone(filler, use_cache):
+    model, lengths = tiny(), torch.tensor([4, 1, 7, 2])
+    rows = [text(B=4)[b, :n] for b, n in enumerate(lengths)]
+    out = generate(model, padded(rows, filler), 9, lengths=lengths, use_cache=use_cache)
+    assert out.shape == (4, 16)
+    for row, got, n in zip(rows, out, lengths, strict=True):
+        assert torch.equal(got[: n + 9], generate(model, row[None], 9)[0])
+        assert (got[n + 9 :] == filler).all()
+
+
+def test_the_logits_of_a_padded_row_are_those_of_the_row_alone():
+    model, lengths, steps = tiny(), torch.tensor([4, 1, 7]), 5
+    rows = [text()[b, :n] for b, n in enumerate(lengths)]
+
+    def watched(ids):
+        logits = model(ids)
+        seen.append(logits)
+        return logits
+
+    seen = []
+    generate(watched, padded(rows, -1), steps, lengths=lengths)
+    together = seen
+    for b, n in enumerate(lengths.tolist()):
+        seen = []
+        generate(watched, rows[b][None], steps)
+        for i in range(steps):
+            close = {"rtol": 0, "atol": 1e-10}
+            torch.testing.assert_close(together[i][b, n - 1 + i], seen[i][0, -1], **close)
+
+
+def test_lengths_that_are_all_full_change_nothing():
+    model, ids = tiny(), text()
+    assert torch.equal(
+        generate(model, ids, 5, lengths=torch.tensor([7, 7, 7])), generate(model, ids, 5)
+    )
+
+
+def test_with_an_end_all_that_stands_behind_a_row_is_the_end():
+    ids = torch.tensor([[3, 4, 5], [7, 0, 0], [1, 0, 0]])
+    out = generate(Clock(), ids, 2, eos=8, lengths=torch.tensor([3, 1, 1]))
+    assert out.tolist() == [[3, 4, 5, 6, 7], [7, 8, 8, 8, 8], [1, 2, 3, 8, 8]]
+
+
+# The model
+
+
+def test_the_model_reads_in_eval_mode_and_every_part_gets_its_mode_back():
+    model = tiny(dropout=0.5).train()
+    model.blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+    assert torch.equal(generate(model, text(), 5), generate(tiny(), text(), 5))
+    assert [module.training for module in model.modules()] == modes
+    with pytest.raises(ValueError, match="eos is 61"):
+        generate(model, text(), 5, eos=61)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_no_gradient_is_recorded():
+    seen = []
+
+    def model(ids):
+        seen.append(tiny()(ids))
+        return seen[-1]
+
+    generate(model, text(), 2)
+    assert not any(x.requires_grad for x in seen)
+
+
+def test_text_may_fill_all_positions_and_no_more():
+    ids = text(T=20)
+    for lengths in (None, torch.tensor([20, 3, 4])):
+        assert generate(tiny(), ids, 4, lengths=lengths).shape == (3, 24)  # the last is never read
+        with pytest.raises(ValueError, match="5 new tokens take 24 positions, but max_len is 23"):
+            generate(tiny(), ids, 5, lengths=lengths)
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"ids": torch.zeros(2, 0).long()}, r"\(2, 0\)"),
+        ({"ids": torch.zeros(0, 2).long()}, r"\(0, 2\)"),
+        ({"ids": torch.zeros(3).long()}, r"\(3,\)"),
+        ({"ids": torch.zeros(3, 4)}, "float32"),
+        ({"ids": text() + 61}, "vocab_size is 61"),
+        ({"n_new": -1}, "n_new .* -1"),
+        ({"eos": 61}, "eos is 61, but there are 61 words"),
+        ({"eos": -1}, "eos is -1"),
+        ({"lengths": torch.tensor([7, 0, 3])}, r"1 to 7, got \[7, 0, 3\]"),
+        ({"lengths": torch.tensor([7, 8, 3])}, r"1 to 7, got \[7, 8, 3\]"),
+        ({"lengths": torch.tensor([7, 3])}, r"shape \(3,\), got torch.int64 \(2,\)"),
+        ({"lengths": torch.tensor([7.0, 3.0, 1.0])}, "float32"),
+        ({"lengths": torch.tensor([True, True, True])}, "bool"),
+        ({"model": lambda ids: torch.randn(3, 61)}, r"\(3, 7\) gave \(3, 61\)"),
+        ({"model": lambda ids: torch.randn(3, 6, 61)}, r"\(3, 7\) gave \(3, 6, 61\)"),
+    ],
+)
+def test_a_prompt_that_cannot_be_is_refused(settings, said, unchecked):
+    call = {"model": tiny(), "ids": text(), "n_new": 2}
+    with pytest.raises(ValueError, match=said):
+        generate(**call | settings)

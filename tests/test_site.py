@@ -1,0 +1,223 @@
+"""The built site in headless Chromium: offline, readable on a phone, good with a screen reader.
+
+`make pages` runs this after `make book`.
+"""
+
+import functools
+import http.server
+import os
+import re
+import shutil
+import threading
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+pytestmark = pytest.mark.site
+
+ROOT = Path(__file__).parents[1]
+SITE = ROOT / "book/_build/html"
+AXE = ROOT / "node_modules/axe-core/axe.min.js"
+PAGES = sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob("*.html"))
+PAGES = [p for p in PAGES if not p.startswith("_static")]
+CHAPTERS = [p for p in PAGES if p.startswith("chapters/")]
+FLAGS = """--disable-gpu --disable-quic --no-first-run --disable-background-networking
+    --disable-component-update --disable-sync""".split()
+FLAGS += ["--no-sandbox"] * (hasattr(os, "geteuid") and os.geteuid() == 0)
+RAW_MATHS = re.compile(r"\\[(\[]|\\(?:frac|sqrt|operatorname|mathbb|begin)\b|\$[^$\s][^$]*\$")
+
+
+def give_up(reason: str):
+    """Skip on a reader's machine; in CI a page that nobody looked at is a failure."""
+    pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    path = next(filter(None, map(shutil.which, names)), None)
+    mac = Path("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
+    path = path or (str(mac) if mac.exists() else None)
+    if path is None:
+        give_up("no Chromium: apt install chromium, or brew install --cask chromium")
+    if not PAGES:
+        give_up("no site: make book")
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def address():
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Quiet, directory=SITE)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def visit(browser):
+    """Open a page with the network cut; after the test nothing may have gone wrong in it."""
+    contexts, wrong = [], []
+
+    def route(request):
+        if urlsplit(request.request.url).hostname in ("127.0.0.1", "", None):
+            return request.continue_()
+        wrong.append(f"asks for {request.request.url}")
+        request.abort()
+
+    def visit(url, width=1280, scheme="light"):
+        size = {"width": width, "height": 900}
+        context = browser.new_context(viewport=size, color_scheme=scheme)
+        contexts.append(context)
+        context.route("**/*", route)
+        page = context.new_page()
+        page.on("pageerror", lambda error: wrong.append(f"page error: {error}"))
+        page.on("console", lambda m: m.type == "error" and wrong.append(f"console: {m.text}"))
+        page.goto(url, wait_until="load")
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert wrong == []
+
+
+def overflowing(page):
+    """Elements that make the page wider than the window, if it is."""
+    return page.evaluate("""() => {
+        const wide = document.documentElement.clientWidth;
+        if (document.documentElement.scrollWidth <= wide) return [];
+        return [...document.querySelectorAll("main *")]
+            .filter(e => e.getBoundingClientRect().right > wide + 1)
+            .map(e => e.tagName + "." + e.className).slice(0, 5);
+    }""")
+
+
+def test_every_chapter_is_on_the_site():
+    if not PAGES:
+        give_up("no site: make book")
+    folders = [ROOT / "chapters", ROOT / "exercises/solutions"]
+    books = [p.relative_to(ROOT).with_suffix(".html") for f in folders for p in f.glob("*.ipynb")]
+    assert {b.as_posix() for b in books} <= set(PAGES), "add it to book/_toc.yml"
+
+
+@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_page_is_accessible_in_light_and_dark(visit, address, name, scheme):
+    page = visit(f"{address}/{name}", scheme=scheme)
+    assert page.locator("html").get_attribute("data-theme") == scheme
+    page.add_script_tag(path=AXE)
+    # axe has no rule for formulas, and their thousands of spans take it minutes.
+    what = "{exclude: ['.katex']}, {resultTypes: ['violations']}"
+    run = f"async () => (await axe.run({what})).violations"
+    found = page.evaluate(run)
+    grave = [v for v in found if v["impact"] in ("serious", "critical")]
+    said = "\n".join(f"{v['id']}: {n['html'][:300]}" for v in grave for n in v["nodes"][:3])
+    assert not grave, said
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_fits_a_phone_and_shows_its_maths(visit, address, name):
+    page = visit(f"{address}/{name}", width=390)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390, overflowing(page)
+    if page.locator("span.math, div.math").count():
+        assert page.locator(".katex").count(), "formulas without KaTeX"
+        assert page.evaluate(
+            "document.fonts.ready.then(() => document.fonts.check('16px KaTeX_Main'))"
+        )
+    # What KaTeX was given stands in its MathML; what a reader sees must hold no raw TeX.
+    seen = page.evaluate("""() => {
+        const main = document.querySelector("main").cloneNode(true);
+        for (const e of main.querySelectorAll("pre, code, script, .katex, math")) e.remove();
+        return main.textContent;
+    }""")
+    assert RAW_MATHS.findall(seen) == []
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_a_chapter_says_what_it_asks_of_a_reader_and_remembers_that_it_is_done(
+    visit, address, name
+):
+    page = visit(f"{address}/{name}")
+    assert re.fullmatch(r"\d\d · .+", page.locator("article h1").inner_text())
+    assert page.locator(".chapter-meta .question").inner_text().endswith("?")
+    assert page.locator(".badges .badge").count() == 3
+    earned = int(page.locator(".chapter-meta").get_attribute("data-xp"))
+    for link in page.locator(".badges a").all():
+        assert re.match(r"\d\d_\w+\.html$", link.get_attribute("href"))
+    page.locator(".done-button").click()
+    assert f"{earned} XP" in page.locator(".book-progress").inner_text()
+    page.reload()
+    assert "1 of" in page.locator(".book-progress").inner_text()
+    assert page.locator(".nav-done").count() == 1
+    page.locator(".done-button").click()
+    assert "0 of" in page.locator(".book-progress").inner_text()
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_a_quiz_says_why_and_its_points_survive_a_reload(visit, address, name):
+    page = visit(f"{address}/{name}")
+    questions = page.locator("[data-explorer=quiz] [role=radiogroup]")
+    if not questions.count():
+        pytest.skip("no quiz with options on this page")
+    question, points = questions.first, page.locator(".book-progress b")
+    said = question.locator("[role=status]")
+    for option in question.locator("input[type=radio]").all():
+        option.check()
+        question.locator("button").first.click()
+        verdict, reason = re.fullmatch(
+            r"(Right|Not yet)\.\s*(.*)", said.inner_text(), re.S
+        ).groups()
+        assert len(reason.split()) > 1, "an answer without a reason"
+        if verdict == "Right":
+            break
+        assert points.inner_text() == "0 XP"
+    else:
+        pytest.fail("no option is right")
+    earned = points.inner_text()
+    assert int(earned.split()[0]) > 0
+    page.reload()
+    assert points.inner_text() == earned
+
+
+def test_a_chapter_opens_as_a_file_without_a_server(visit):
+    if not CHAPTERS:
+        give_up("no chapters on the site: make chapters book")
+    page = visit((SITE / CHAPTERS[-1]).as_uri())
+    assert page.locator("article h1").is_visible()
+    page.locator(".done-button").click()
+    assert "1 of" in page.locator(".book-progress").inner_text()
+
+
+def test_the_skip_link_leads_past_the_menu(visit, address):
+    page = visit(f"{address}/{(CHAPTERS or PAGES)[0]}")
+    page.keyboard.press("Tab")
+    assert "Skip" in page.evaluate("document.activeElement.textContent")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.closest('main') !== null")
+
+
+def test_search_finds_a_word_without_a_network(visit, address):
+    page = visit(f"{address}/search.html?q=softmax")
+    page.locator("ul.search li a").first.wait_for(timeout=10_000)
+    assert page.locator("ul.search li a").count() > 0
+
+
+def test_the_menu_of_a_phone_opens(visit, address):
+    page = visit(f"{address}/{(CHAPTERS or PAGES)[0]}", width=390)
+    menu = page.locator(".bd-sidebar-primary .book-progress").first
+    assert not menu.is_visible()
+    page.locator("button.primary-toggle").first.click()
+    menu.wait_for(state="visible", timeout=5_000)
