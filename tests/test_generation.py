@@ -116,6 +116,9 @@ def test_of_equal_scores_the_first_in_the_vocabulary_stays_as_for_argmax():
     logits = torch.tensor([1.0, 2.0, 2.0, 2.0])
     assert (filter_logits(logits, top_k=2) > -inf).tolist() == [False, True, True, False]
     assert (filter_logits(logits, top_p=0.01) > -inf).tolist() == [False, True, False, False]
+    many = torch.randint(3, (500,)).double()
+    first = sorted(range(500), key=lambda n: (-many[n].item(), n))[:40]
+    assert kept(many.exp(), top_k=40) == sorted(first)
 
 
 def test_p_of_one_keeps_a_tail_that_rounding_would_lose():

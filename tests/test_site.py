@@ -191,6 +191,23 @@ def test_a_quiz_says_why_and_its_points_survive_a_reload(visit, address, name):
     assert points.inner_text() == earned
 
 
+def test_a_walk_goes_on_with_space_and_says_where_it_is(visit, address):
+    page = visit(f"{address}/chapters/04_lookup.html")
+    walk = page.locator("[data-explorer=stepper]").first
+    steps = walk.locator("ol > li")
+    shown = [step.is_visible() for step in steps.all()]
+    assert shown[0] and not any(shown[1:])
+    walk.focus()
+    page.keyboard.press("Space")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowLeft")
+    assert steps.nth(1).is_visible() and not steps.nth(0).is_visible()
+    assert walk.get_by_text(f"step 2 of {steps.count()}").is_visible()
+    walk.get_by_role("button", name="Next").click()
+    assert steps.nth(2).is_visible()
+    assert walk.locator("[aria-current=step]").inner_text().startswith("3 ")
+
+
 def test_a_chapter_opens_as_a_file_without_a_server(visit):
     if not CHAPTERS:
         give_up("no chapters on the site: make chapters book")

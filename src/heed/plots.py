@@ -73,7 +73,7 @@ def weights(
     for names, n, kind in zip((queries, keys), cells.shape, ("query", "key"), strict=True):
         if names is not None and len(names) != n:
             raise ValueError(f"{len(names)} names for {n} {kind} positions")
-    ax = ax or _board(*cells.shape)
+    ax = ax or _board(*cells.shape, *(max(map(len, names or "0")) for names in (queries, keys)))
     top = max(cells.max(initial=0), 1e-12)
     image = ax.imshow(cells, cmap="Blues", vmin=0, vmax=top)
     if max(cells.shape) <= 10:
@@ -148,9 +148,10 @@ def losses(
         look = _look(n)
         window = max(1, len(y) // 50)
         smooth = np.convolve(y, np.full(window, 1 / window), mode="valid")
-        gap = "" if floor is None else f", {smooth[-1] - floor:.3f} above the floor"
-        steps = np.arange(len(y))
-        label = f"{name}: ends at {smooth[-1]:.3f}{gap}"
+        label, steps = f"{name}: ends at {smooth[-1]:.3f}", np.arange(len(y))
+        if floor is not None:
+            side = "above" if smooth[-1] >= floor else "below"
+            label += f", {abs(smooth[-1] - floor):.3f} {side} the floor"
         ax.plot(steps[window - 1 :], smooth, **look, label=label)
         ax.plot(steps, y, color=look["color"], linewidth=0.6, alpha=0.35)
     if floor is not None:
@@ -172,10 +173,11 @@ def bars(
     return ax
 
 
-def _board(rows: int, columns: int) -> Axes:
-    """Axes for a table: cells of half an inch, or smaller where the page ends."""
-    cell = min(0.5, 5 / max(rows, columns))
-    return plt.subplots(figsize=(max(2, columns * cell + 1.2), max(1.6, rows * cell + 0.8)))[1]
+def _board(rows: int, columns: int, beside: int = 2, below: int = 2) -> Axes:
+    """Axes for a table and for names of so many letters, in cells of half an inch at most."""
+    left, foot = 0.7 + 0.08 * beside, 0.7 + 0.08 * below
+    cell = min(0.5, (6.2 - left) / columns, (6.2 - foot) / rows)
+    return plt.subplots(figsize=(max(2, columns * cell + left), max(1.6, rows * cell + foot)))[1]
 
 
 def _label(

@@ -175,7 +175,9 @@ def quiet(f: Function, rng: Generator) -> None:
     gain, zero = f64([1] * 4), torch.zeros(4, 4).double()
     for x in (f64([[[2, 2, 2, 2]]]), f64([[[0.001, 0.003, 0.005, 0.007]]])):
         want = x + functional.layer_norm(x, [4])
-        expect(f(x, _itself, gain, gain, zero, zero), want, f"stream {x[0, 0].tolist()}, a down of 0")
+        expect(
+            f(x, _itself, gain, gain, zero, zero), want, f"stream {x[0, 0].tolist()}, a down of 0"
+        )
 
 
 @prop("the bend", "GPT-2 bends with GELU in its tanh form. And which gain belongs to the network?")
@@ -235,7 +237,8 @@ def _by_heed(x: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, H: int) ->
 
 @prop(
     "one word",
-    "The only word there is reads itself. The last C columns of qkv make its value; then comes out.",
+    "The only word there is reads itself. The last C columns of qkv make its value, and out is the"
+    " last step.",
 )
 def one_word(f: Function, rng: Generator) -> None:
     x, (q, k, v, out) = normal(rng, 2, 1, 7), _projections(rng, 7)
@@ -265,12 +268,14 @@ def cut_and_joined(f: Function, rng: Generator) -> None:
 
 @prop("divided by √D", "A head sees D = C / H entries. Chapter 05: by what are its scores divided?")
 def root_of_D(f: Function, rng: Generator) -> None:
-    x, (q, k, v, out) = normal(rng, 2, 5, 21), _projections(rng, 21)
+    x, (q, _, v, out) = normal(rng, 2, 5, 21), _projections(rng, 21)
     want = _by_heed(x, q, q, v, out, 3)
     expect(f(x, torch.cat([q, q, v], 1), out, 3), want, "keys equal to the queries, three heads")
 
 
-@prop("who asks", "Row i of the scores belongs to the word that asks, and the softmax runs along it.")
+@prop(
+    "who asks", "Row i of the scores belongs to the word that asks, and the softmax runs along it."
+)
 def who_asks(f: Function, rng: Generator) -> None:
     x, (q, k, v, out) = normal(rng, 2, 5, 21), _projections(rng, 21)
     want = _by_heed(x, q, k, v, out, 3)
@@ -312,7 +317,9 @@ def knows_nothing(f: Function, rng: Generator) -> None:
     expect(got, math.log(7), "six targets, V = 7, every score 0")
 
 
-@prop("1/6, 2/6, 3/6", "Scores become probabilities over the words; surprise is -ln p of the target.")
+@prop(
+    "1/6, 2/6, 3/6", "Scores become probabilities over the words; surprise is -ln p of the target."
+)
 def loss_by_hand(f: Function, rng: Generator) -> None:
     got = f(f64([[LN, LN]]), torch.tensor([[2, 0]]))
     given = "scores ln 1, ln 2, ln 3 twice, targets 2 and 0"
@@ -336,7 +343,10 @@ def each_once(f: Function, rng: Generator) -> None:
     expect(got, (math.log(2) + 3 * math.log(6)) / 4, given)
 
 
-@prop("large scores", "exp(1000) is infinite. Take the largest score off each row, or use a logsumexp.")
+@prop(
+    "large scores",
+    "exp(1000) is infinite. Take the largest score off each row, or use a logsumexp.",
+)
 def large_logits(f: Function, rng: Generator) -> None:
     got = f(f64([[[1000, 0, 0], [0, -1000, 0]]]), torch.tensor([[0, 1]]))
     given = "scores 1000, 0, 0 with target 0, and 0, -1000, 0 with target 1"
@@ -408,7 +418,9 @@ def later_questions(f: Function, rng: Generator) -> None:
     expect(f(p, first, 3), [0, math.log(2), math.log(2) / 2], f"{given}, length 3")
 
 
-@prop("far along", "The floor still moves while the words still mix. Do not stop at the first place.")
+@prop(
+    "far along", "The floor still moves while the words still mix. Do not stop at the first place."
+)
 def far_along(f: Function, rng: Generator) -> None:
     p, first = _chain(rng, 5)
     expect(f(p, first, 13), chain_floor(p, first, 13), "a random chain of five words, length 13")
@@ -455,8 +467,8 @@ def no_layers(f: Function, rng: Generator) -> None:
 
 @prop(
     "the matrices of a layer",
-    "Attention: queries, keys, values, and one matrix out. Network: up to F and down again. And each"
-    " of the two norms has a gain.",
+    "Attention: queries, keys, values, and one matrix out. Network: up to F and down again. And"
+    " each of the two norms has a gain.",
 )
 def one_layer(f: Function, rng: Generator) -> None:
     _count(f, 5 * 18 + 5 + 4 * 25 + 2 * 5 * 13 + 2 * 5, 11, 7, 1, 5, 13, True, False)
@@ -476,7 +488,9 @@ def more_layers(f: Function, rng: Generator) -> None:
     _count(f, 5 * 18 + 5 + 3 * (4 * 25 + 2 * 5 * 13 + 2 * 5), 11, 7, 3, 5, 13, True, False)
 
 
-@prop("a head of its own", "A head that is not tied is one more V by C matrix. GPT-2's has no bias.")
+@prop(
+    "a head of its own", "A head that is not tied is one more V by C matrix. GPT-2's has no bias."
+)
 def untied(f: Function, rng: Generator) -> None:
     want = parameters(11, 7, 2, 5, 13, True, True) + 11 * 5
     _count(f, want, 11, 7, 2, 5, 13, False, True)
@@ -485,8 +499,8 @@ def untied(f: Function, rng: Generator) -> None:
 @prop("to the unit", "Whole numbers all the way: a float of this size forgets the last digits.")
 def to_the_unit(f: Function, rng: Generator) -> None:
     _count(f, 124_439_808, 50257, 1024, 12, 768, 3072, True, True)  # GPT-2
-    huge = parameters(10**6 + 3, 10**6 + 4, 10**3 + 9, 10**6 + 3, 10**6 + 33, True, True)
-    _count(f, huge, 10**6 + 3, 10**6 + 4, 10**3 + 9, 10**6 + 3, 10**6 + 33, True, True)
+    huge = parameters(10**6 + 3, 10**6 + 4, 10**4 + 9, 10**6 + 3, 10**6 + 33, True, True)
+    _count(f, huge, 10**6 + 3, 10**6 + 4, 10**4 + 9, 10**6 + 3, 10**6 + 33, True, True)
 
 
 PARAMETERS = Task(
@@ -513,7 +527,9 @@ def next_probabilities(
 
 @prop("1/6, 2/6, 3/6", "Temperature 1 and all words kept: this is the softmax.")
 def all_kept(f: Function, rng: Generator) -> None:
-    expect(f(f64(LN), 1.0, 3), [1 / 6, 2 / 6, 3 / 6], "scores ln 1, ln 2, ln 3, temperature 1, k = 3")
+    expect(
+        f(f64(LN), 1.0, 3), [1 / 6, 2 / 6, 3 / 6], "scores ln 1, ln 2, ln 3, temperature 1, k = 3"
+    )
 
 
 @prop("temperature 1/2", "The temperature divides the scores, before exp. What is exp(2 ln 3)?")
@@ -548,8 +564,8 @@ def more_than_V(f: Function, rng: Generator) -> None:
 @prop("every row by itself", "Each row has k likeliest words of its own, however low it lies.")
 def each_row(f: Function, rng: Generator) -> None:
     logits = normal(rng, 2, 3, 7) + f64([[[-50], [0], [50]]])
-    got, alone = f(logits, 0.7, 3), torch.stack([torch.stack([f(x, 0.7, 3) for x in text]) for text in logits])
-    expect(got, alone, "2 x 3 rows of seven scores, against each row alone")
+    want = next_probabilities(logits, 0.7, 3)
+    expect(f(logits, 0.7, 3), want, "2 x 3 rows of seven scores, near -50, 0 and 50")
 
 
 @prop("the scores stay", "Whoever called you may still need the scores: do not write into them.")
@@ -587,7 +603,7 @@ def little_gpt(std: float) -> Callable[[Tensor], Tensor]:
     def model(ids: Tensor) -> Tensor:
         B, T = ids.shape
         x = tokens[ids] + positions[:T]
-        for n, (qkv, out, up, down) in enumerate(layers):
+        for qkv, out, up, down in layers:
             q, k, v = (norm(x) @ qkv).view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4)
             scores = q @ k.mT / (C // H) ** 0.5
             later = torch.ones_like(scores, dtype=torch.bool).triu(1)
@@ -623,7 +639,7 @@ def without_positions(std: float) -> Callable[[Tensor], Tensor]:
 def leak_test(build: Function) -> None:
     rng = torch.Generator().manual_seed(0)
     ids = torch.randint(13, (3, 11), generator=rng)
-    for std in (0.5, 50.0):  # at 50 many scores lie below -10,000
+    for std in (0.5, 1000.0):  # at 1000 many scores lie below -10,000
         model = build(std)
         whole = model(ids)
         alone = torch.cat([model(text[None]) for text in ids])
@@ -648,20 +664,20 @@ LEAK_TEST = write_the_test(
         Bug(
             "one step too far in the first layer",
             "lucidrains/magvit2-pytorch#27",
-            "There a causal convolution lacked one step of padding. Look at the place just before"
+            "There a causal convolution lacked one step of padding. Look at the last place before"
             " the first word that you change or cut: that word is its target.",
-            {"triu(1)": "triu(2 if n == 0 else 1)"},
+            {"triu(1)": "triu(2 if qkv is layers[0][0] else 1)"},
         ),
         Bug(
             "every second layer forgets the mask",
             "huggingface/transformers#31673",
             "The first layer is right. Is your limit so wide that a small change slips through?",
-            {"masked_fill(later,": "masked_fill(later & (n % 2 == 0),"},
+            {"masked_fill(later,": "masked_fill(later & (qkv is layers[0][0]),"},
         ),
         Bug(
             "the norm is taken over all positions",
             "google-deepmind/dm-haiku#700",
-            "Attention is right here. Still the size of later words changes the early ones, a little.",
+            "Attention is right here. Still the size of a later word changes the early ones.",
             {
                 "x - x.mean(dim=-1,": "x - x.mean(dim=(1, 2),",
                 "square().mean(dim=-1,": "square().mean(dim=(1, 2),",

@@ -120,9 +120,9 @@ def sort(length: int) -> Task:
 def add(length: int) -> Task:
     """`31+92:321`: two numbers of `length` digits and their sum, least significant digit first.
 
-    A carry moves from the least digit up. Written in this order, each digit needs two digits of the
-    prompt and the carry of the step before. The usual order asks for the first digit first, and that
-    one may depend on all the others (`4999+5001`), before any of them is on paper.
+    A carry moves up from the least digit. In this order each digit needs two digits of the prompt
+    and the carry of the step before. The usual order asks for the first digit first, and that one
+    may depend on all the others (`4999+5001`) before any of them is on paper.
     """
     _positive("length", length)
     return Task(form="+".join(["#" * length] * 2) + ":", answer_len=length + 1, solve=_sum)
