@@ -17,9 +17,14 @@ FLOORS = {
     3: ({"multihead", "blocks"}, {0, 1}),
     4: ({"gpt", "models"}, {0, 1, 3}),
     5: ({"generation", "training", "interop", "tasks"}, {0, 1, 3}),
-    6: ({"plots", "notebook", "interactive", "checks"}, {0, 1}),
+    6: ({"plots", "notebook", "interactive", "stepper", "checks"}, {0, 1}),
 }
-BESIDES = {("interop", "gpt"), ("interop", "models"), ("notebook", "plots")}
+BESIDES = {
+    ("interop", "gpt"),
+    ("interop", "models"),
+    ("notebook", "plots"),
+    ("stepper", "interactive"),
+}
 
 EVERYWHERE = {"torch", "jaxtyping", *sys.stdlib_module_names}
 DOORS = {
@@ -32,7 +37,11 @@ DOORS = {
 # Tests of something that is not a file of the package.
 OTHER_TESTS = {"architecture", "book", "environment", "exercises", "site", "site_ext", "tolerance"}
 # Files of the package with a test that is not called after them.
-TESTED_ELSEWHERE = {r"checks_ch\d\d": "exercises", "checks_main": "checks"}
+TESTED_ELSEWHERE = {
+    r"checks_ch\d\d": "exercises",
+    "checks_main": "checks",
+    "checks_compare": "checks",
+}
 
 
 def name(path):

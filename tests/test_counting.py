@@ -92,6 +92,14 @@ class Llama:
     n_kv_heads: int = 1
 
 
+def test_a_setting_too_few_or_too_many_is_refused_by_name():
+    few = {name: n for name, n in vars(ODD).items() if name != "n_heads"}
+    with pytest.raises(ValueError, match=r"lacks \['n_heads'\], has \[\]"):
+        counting.parameters(SimpleNamespace(**few))
+    with pytest.raises(ValueError, match=r"lacks \[\], has \['d_ff'\]"):
+        counting.parameters(SimpleNamespace(**vars(ODD), d_ff=7))
+
+
 def test_another_familys_config_is_refused_by_name():
     said = r"Llama is no GPT: lacks \['d_model'\], has \['n_kv_heads'\]"
     for count in (counting.parameters, counting.breakdown, lambda c: counting.flops(c, 5)):

@@ -87,7 +87,8 @@ def test_the_fewest_that_hold_the_share_p_stay_with_the_one_that_crosses_it(p, w
 
 
 def test_a_token_that_reaches_p_exactly_needs_no_other():
-    assert kept(torch.tensor([0.25, 0.5, 0.125, 0.125]), top_p=0.75) == [0, 1]
+    assert kept(torch.ones(4, dtype=f64), top_p=0.5) == [0, 1]
+    assert kept(torch.ones(4, dtype=f64), top_p=0.51) == [0, 1, 2]
 
 
 def test_temperature_comes_first_then_k_then_p():
@@ -122,7 +123,7 @@ def test_of_equal_scores_the_first_in_the_vocabulary_stays_as_for_argmax():
 
 
 def test_p_of_one_keeps_a_tail_that_rounding_would_lose():
-    logits = torch.cat([torch.zeros(1), torch.full((10_000,), -40.0)])
+    logits = torch.tensor([0.0, -40.0, -40.0, -50.0])
     assert torch.equal(filter_logits(logits, top_p=1.0), logits)
     flat = torch.zeros(50_000)
     assert (filter_logits(flat, top_p=0.5) > -inf).sum() == 25_000
@@ -281,6 +282,13 @@ def test_half_precision_is_drawn_from_in_float32():
     )
     share = 1 / (1 + math.exp(-1 / 0.7))
     assert abs(drawn[:, -1].double().mean().item() - share) < 5 * math.sqrt(share / 4 / 5000)
+
+
+def test_double_precision_is_kept():
+    scores = torch.tensor([1.0, 1.0 + 1e-12], dtype=f64)
+    assert generate(lambda ids: scores.expand(*ids.shape, 2), text() % 2, 1)[
+        :, -1
+    ].tolist() == 3 * [1]
 
 
 # Ends

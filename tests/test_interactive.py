@@ -42,6 +42,7 @@ WORDS = {
     "hint": "Which power of D?",
 }
 QUESTIONS = [CHOICE, NUMBER, WORDS]
+A = {"t": "a", "ok": True, "why": "w"}
 
 
 def page(output):
@@ -85,11 +86,10 @@ def test_tex_becomes_mathml_code_becomes_code_and_the_rest_is_plain_text():
 
 
 def test_nothing_in_the_data_can_end_the_script():
-    nasty = {
-        "q": "x",
-        "options": [{"t": "</script><!--", "ok": True, "why": "w"}, {"t": "b", "why": "w"}],
-    }
-    script = page(quiz([nasty], id="x")).split("<script>")[1]
+    end = "</script><!--"
+    choice = {"q": end, "options": [A | {"t": end}, {"t": "b", "why": end}]}
+    words = {"q": "___", "words": [end], "why": "w"}
+    script = page(quiz([choice, words], id="x")).split("<script>")[1]
     assert script.count("</script>") == 1 and "<!--" not in script
 
 
@@ -100,9 +100,6 @@ def test_without_scripts_there_are_the_questions_or_a_picture_with_words():
     assert (
         'alt="A &lt;soft&gt; dictionary. Weights: a 0.' in out.still and "Output: 1." in out.still
     )
-
-
-A = {"t": "a", "ok": True, "why": "w"}
 
 
 @pytest.mark.parametrize(
@@ -187,11 +184,12 @@ def test_an_unknown_explorer_and_missing_data_are_named():
         explorer("lookup", {"query": [1, 2]}, title="T")
 
 
-def test_the_still_picture_is_drawn_from_the_data_with_heeds_numbers():
-    full = payload(explorer("lookup", LOOKUP, title="T"))
+@pytest.mark.parametrize("scaled", [True, False])
+def test_the_still_picture_is_drawn_from_the_data_with_heeds_numbers(scaled):
+    full = payload(explorer("lookup", LOOKUP | {"scaled": scaled}, title="T"))
     drawn, words = lookup_drawing(full)
     text = [t.text for t in ET.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text")]
-    want = heeds(full["query"], full["keys"], full["values"], 2**-0.5 / 0.8)
+    want = heeds(full["query"], full["keys"], full["values"], (2**-0.5 if scaled else 1) / 0.8)
     assert f"output {want:.2f}" in text and words.endswith(f"Output: {want:.2f}.")
     assert text.count("query") == 1 and "d, value 9" in text
 
@@ -343,7 +341,7 @@ def test_a_number_is_read_however_it_is_written(tab):
         "1.667e-1",
     ):
         assert answer(tab, 1, right).startswith("Right."), right
-    for wrong in ("1/7", "0.18", "-1/6", "−0,1667", "1667"):
+    for wrong in ("1/7", "0.18", "0.1680", "0.1655", "-1/6", "−0,1667", "1667"):
         assert answer(tab, 1, wrong) == "Not yet. Take exp.", wrong
     assert answer(tab, 1, "6") == "Not yet. Turn it over."
     tries = tab.evaluate("heard.length")
@@ -380,8 +378,19 @@ def test_after_two_tries_the_answer_may_be_seen_but_does_not_count(tab):
     assert question(tab, 1).locator("input").input_value() == "1/6"
     assert question(tab, 1).get_by_role("status").inner_text().startswith("The answer: 1/6.")
     assert not any(e["ok"] for e in tab.evaluate("heard"))
+
+
+@pytest.mark.site
+def test_one_may_start_over(tab):
+    answer(tab, 1, "6")
+    answer(tab, 2, "root", "width")
+    assert tab.locator(".xp-end span").inner_text() == "1 of 3 right, 1 at the first try."
     tab.get_by_role("button", name="Start over").click()
     assert question(tab, 1).locator("input").input_value() == ""
+    assert tab.locator(".xp-end span").inner_text() == "0 of 3 right."
+    assert not tab.get_by_role("button", name="Start over").is_visible()
+    answer(tab, 1, "1/6")
+    assert tab.locator(".xp-end span").inner_text() == "1 of 3 right, 1 at the first try."
 
 
 @pytest.mark.site

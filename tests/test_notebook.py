@@ -11,7 +11,7 @@ from heed.notebook import agree, distance, show, witness
 
 def test_a_true_equation_is_witnessed(capsys):
     witness("eq-x", F(1, 3) + F(1, 6), F(1, 2), wrong={"sum of parts": F(2, 9)}, tol=0)
-    assert capsys.readouterr().out == "eq-x holds exactly.  sum of parts: off by 0.28\n"
+    assert capsys.readouterr().out == "eq-x holds exactly.  sum of parts: off by 0.278\n"
 
 
 def test_a_false_equation_goes_red():

@@ -39,6 +39,7 @@ ALL = {
     "weights": lambda: plots.weights(torch.full((3, 5), 0.2), list("abc"), list("vwxyz")),
     "large weights": lambda: plots.weights(torch.full((40, 30), 1 / 30)),
     "wide weights": lambda: plots.weights(torch.full((1, 10), 0.1), ["q"], 10 * ["suitcase"]),
+    "long names": lambda: plots.weights(torch.full((8, 9), 0.1), 8 * ["layer 1, head 1"]),
     "lines": lambda: plots.lines([1, 2], {"a": [1, 2], "b": [3, 4]}, xlabel="x", ylabel="y"),
     "losses": lambda: plots.losses({"GPT": [2, 1.3], "none": [2, 1.6]}, floor=1.26),
     "bars": lambda: plots.bars({"one": 0.5, "two": 1.0}, ylabel="error"),
@@ -67,6 +68,7 @@ def test_a_figure_can_be_drawn_into_axes_that_are_there(name):
     calls = {
         "mask": lambda ax: plots.mask(torch.ones(2, 2).bool(), ax=ax),
         "weights": lambda ax: plots.weights(torch.ones(2, 2), ax=ax),
+        "names": lambda ax: plots.weights(torch.ones(1, 2), ["a"], ["b", "c"], ax=ax),
         "lines": lambda ax: plots.lines([1], {"a": [1]}, xlabel="x", ylabel="y", ax=ax),
         "losses": lambda ax: plots.losses([1, 2], ax=ax),
         "bars": lambda ax: plots.bars({"a": 1}, ylabel="y", ax=ax),
@@ -174,10 +176,12 @@ def test_a_logarithmic_axis_names_the_widths_that_were_measured():
 
 def test_losses_say_how_far_they_end_above_the_floor():
     noisy = 1.5 + 0.1 * (-1.0) ** torch.arange(200)  # the mean of the last four steps is 1.5
-    ax = plots.losses({"GPT": noisy, "blind": torch.full((3,), 2.0)}, floor=1.25)
+    ys = {"GPT": noisy, "blind": torch.full((3,), 2.0), "cheat": [1.0]}
+    ax = plots.losses(ys, floor=1.25)
     assert legend(ax) == [
         "GPT: ends at 1.500, 0.250 above the floor",
         "blind: ends at 2.000, 0.750 above the floor",
+        "cheat: ends at 1.000, 0.250 below the floor",
         "floor: 1.250",
     ]
     smooth, raw, *_ = ax.lines

@@ -149,6 +149,6 @@ def _check_prompts(model: Any, ids: Tensor, n_new: int, lengths: Tensor | None) 
         raise ValueError(f"lengths must lie in 1 to {ids.shape[1]}, got {lengths.tolist()}")
     room = getattr(getattr(model, "config", None), "max_len", math.inf)
     need = int(lengths.max()) + n_new - 1  # the last new token is never read
-    if n_new and need > room:
+    if need > room:
         raise ValueError(f"{n_new} new tokens take {need} positions, but max_len is {room}")
     return lengths

@@ -33,7 +33,8 @@ margin:1rem 0;padding:.9rem 1rem;border:1px solid var(--xp-line);border-radius:.
 max-width:46rem;font-size:1rem;line-height:1.5;box-sizing:border-box;overflow-wrap:anywhere}
 html[data-theme=dark] .bd-content div.cell_output .text_html:has(.xp){
 background:none;color:inherit;padding:0}
-.xp.xp figcaption{font-weight:600;margin:0 0 .6rem;padding:0;text-align:left;font-size:1rem;font-style:normal}
+.xp.xp figcaption{font-weight:600;font-style:normal;font-size:1rem;
+margin:0 0 .6rem;padding:0;text-align:left}
 .xp img.xp-still{max-width:100%;height:auto;background:#fff;border-radius:.25rem}
 .xp button{font:inherit;color:inherit;background:none;border:1px solid var(--xp-accent);
 border-radius:.35rem;padding:.25rem .8rem;min-height:2.25rem;cursor:pointer}

@@ -70,7 +70,7 @@ def witness(
     for name, gap in gaps.items():
         if gap <= tol:
             raise AssertionError(f"this witness is blind: {equation} also agrees with '{name}'")
-    said = "; ".join(f"{name}: off by {float(gap):.2g}" for name, gap in gaps.items())
+    said = "; ".join(f"{name}: off by {float(gap):.3g}" for name, gap in gaps.items())
     print(f"{equation} holds {f'to {tol:.2g}' if tol else 'exactly'}.  {said}")
 
 
@@ -82,9 +82,9 @@ def distance(x: Any, y: Any) -> float | Fraction:
     if isinstance(x, Tensor) and isinstance(y, Tensor):
         if x.shape != y.shape:
             return torch.inf
-        gap = (x.detach().double() - y.detach().double()).abs()
-        gap[x == y] = 0  # inf - inf
-        return torch.inf if gap.isnan().any() else gap.max().item() if gap.numel() else 0.0
+        gaps = (x.detach().double() - y.detach().double()).abs()
+        gaps[x == y] = 0  # inf - inf
+        return torch.inf if gaps.isnan().any() else gaps.max().item() if gaps.numel() else 0.0
     if isinstance(x, list | tuple) and isinstance(y, list | tuple):
         if len(x) != len(y):
             return torch.inf

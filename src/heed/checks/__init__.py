@@ -24,12 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heed.checks.compare import Wrong, shown
+
 Function = Callable[..., Any]
 Edits = dict[str, str]  # words of the source, and what stands in their place
-
-
-class Wrong(Exception):
-    """What a property found; the text holds the numbers that show it."""
 
 
 class NotStarted(Exception):
@@ -227,61 +225,6 @@ def _link(source: str) -> str:
     return f"[{source}](https://github.com/{repository}/issues/{number})"
 
 
-# What the properties are written with.
-
-
-def normal(rng: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=rng, dtype=torch.float64)
-
-
-def expect(got: Any, want: Any, given: str, tol: float = 1e-6) -> None:
-    """Raise Wrong unless got is want: the shape, then values within tol x max(1, the largest)."""
-    want = torch.as_tensor(want, dtype=torch.float64)
-    got = tensor(got, given)
-    if got.shape != want.shape:
-        raise Wrong(_table(given, f"shape {tuple(want.shape)}", f"shape {tuple(got.shape)}"))
-    if not want.numel():
-        return
-    error = (got - want).abs().nan_to_num(torch.inf)
-    if error.max() <= tol * max(1.0, want.abs().max().item()):
-        return
-    place = ""
-    if want.numel() > 6:  # the whole would hide the point: show the worst entry
-        index = tuple(int(i) for i in torch.unravel_index(error.argmax(), want.shape))
-        got, want, place = got[index], want[index], f" at {list(index)}"
-    raise Wrong(_table(given + place, _text(want), _text(got)))
-
-
-def tensor(got: Any, given: str) -> Tensor:
-    """What a function returned, as a float64 tensor that knows nothing of gradients."""
-    if type(got) is not Tensor:
-        try:
-            got = torch.as_tensor(got)
-        except (TypeError, ValueError, RuntimeError):
-            raise Wrong(_table(given, "numbers", f"a {type(got).__name__}")) from None
-    if type(got) is not Tensor or got.is_complex():
-        raise Wrong(_table(given, "real numbers in a tensor", f"a {type(got).__name__}"))
-    return got.detach().cpu().double()
-
-
-def several(got: Any, n: int, given: str) -> tuple[Any, ...]:
-    """The n parts of what a function returned."""
-    if not isinstance(got, tuple | list) or len(got) != n:
-        has = f"{len(got)} of them" if isinstance(got, tuple | list) else f"a {type(got).__name__}"
-        raise Wrong(_table(given, f"{n} results", has))
-    return tuple(got)
-
-
-def _table(given: str, want: str, got: str) -> str:
-    return f"given     {given}\nexpected  {want}\ngot       {got}"
-
-
-def _text(x: Tensor) -> str:
-    if x.ndim == 0:
-        return f"{x.item() + 0.0:.4g}"
-    return "[" + ", ".join(_text(row) for row in x) + "]"
-
-
 def _watched(function: Function, is_test: bool) -> Function:
     """Hands over copies, so that nothing done to them in place can mislead the check."""
 
@@ -319,9 +262,9 @@ def _accepts(implementation: Function) -> Callable[[Function, torch.Generator], 
         except AssertionError as refused:
             words = (str(refused).strip().splitlines() or [""])[0][:200]
             said = f"AssertionError: {words}" if words else "AssertionError"
-            raise Wrong(_table("a right implementation", "nothing to complain of", said)) from None
+            raise Wrong(shown("a right implementation", "nothing to complain of", said)) from None
         if verdict is not None and not verdict:
-            raise Wrong(_table("a right implementation", "nothing to complain of", repr(verdict)))
+            raise Wrong(shown("a right implementation", "nothing to complain of", repr(verdict)))
 
     return accepts
 
@@ -335,6 +278,6 @@ def _rejects(implementation: Function) -> Callable[[Function, torch.Generator], 
         except Exception:  # a test that stops with any error has failed, as in pytest
             return
         if verdict is None or verdict:
-            raise Wrong(_table("this bug", "AssertionError, or False", "your test lets it pass"))
+            raise Wrong(shown("this bug", "AssertionError, or False", "your test lets it pass"))
 
     return rejects

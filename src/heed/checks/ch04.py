@@ -20,15 +20,11 @@ from heed.checks import (
     Bug,
     Function,
     Task,
-    Wrong,
-    expect,
     mutants,
-    normal,
     prop,
-    several,
-    tensor,
     write_the_test,
 )
+from heed.checks.compare import Wrong, expect, normal, several, tensor
 
 LN = [0.0, math.log(2), math.log(3)]  # as scores: weights of exactly 1/6, 2/6 and 3/6
 PAIRS = [[6.0, 0.0], [3.0, 6.0], [2.0, 12.0]]  # mixed with these weights: [3, 8]

@@ -17,16 +17,13 @@ from heed.checks import (
     Bug,
     Function,
     Task,
-    Wrong,
     ch04,
-    expect,
     mutants,
-    normal,
     prop,
-    several,
     write_the_test,
 )
 from heed.checks.ch04 import LN, f64
+from heed.checks.compare import Wrong, expect, normal, several
 
 SIXTHS = [1 / 6, 2 / 6, 3 / 6]
 

@@ -19,16 +19,12 @@ from heed.checks import (
     Bug,
     Function,
     Task,
-    Wrong,
-    expect,
     mutants,
-    normal,
     prop,
-    several,
-    tensor,
     write_the_test,
 )
 from heed.checks.ch04 import LN, f64
+from heed.checks.compare import Wrong, expect, normal, several, tensor
 
 MUTANTS = mutants(__file__)
 

@@ -4,7 +4,8 @@ A text is a prompt and its answer, `312:123`. The digits of a prompt are drawn e
 predicted: each costs ln 10 nats. The answer follows from the prompt and costs nothing. So only the
 answer has targets; those of the prompt are -100, which the loss passes over.
 
-B texts. Shapes name the two parts: "prompt" (the colon included) and "answer" are token counts.
+B texts · T tokens. A shape names the part of a text: "prompt" (the colon included), "answer", and
+"text" for both.
 """
 
 import math
@@ -67,7 +68,7 @@ class Task:
         targets[:, : self.prompt_len - 1] = -100  # the colon is the first to be asked for a digit
         return ids[:, :-1], targets
 
-    def exact(self, ids: Int64[Tensor, "B prompt+answer"]) -> Bool[Tensor, " B"]:
+    def exact(self, ids: Int64[Tensor, "B text"]) -> Bool[Tensor, " B"]:
         """Is the whole answer right? `ids` are prompts and what a model wrote after them."""
         self._check(ids, (len(ids), self.prompt_len + self.answer_len))
         prompt, written = ids[:, : self.prompt_len], ids[:, self.prompt_len :]
