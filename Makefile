@@ -34,7 +34,7 @@ serve: ## the built site at http://localhost:8000
 
 lab: setup ## read and change the chapters in JupyterLab
 	$(BIN)/jupyter trust chapters/*.ipynb
-	$(BIN)/jupyter lab chapters
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/chapters/00_start.ipynb
 
 test: setup ## everything, in order, until the first failure
 	@$(MAKE) check
