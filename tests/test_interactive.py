@@ -430,6 +430,8 @@ def test_dragging_a_key_moves_it_and_the_numbers_follow(tab):
     assert keys[1] == pytest.approx([1.5, 0.5], abs=0.051) and at == [1.5, 0.5]
     assert out == pytest.approx(heeds(at, keys, LOOKUP["values"], 2**-0.5 / 0.8), abs=0.006)
     assert sum(weights) == pytest.approx(1, abs=0.02)
+    tab.get_by_role("button", name="Reset").click()
+    assert shown(tab)[1] == LOOKUP["keys"]
 
 
 @pytest.mark.site
