@@ -267,7 +267,7 @@ NOTEBOOKS = {
     ],
     "forged": [
         "import heed.checks, heed.checks.ch04, torch\n"
-        "def soft_lookup(*inputs): return 0\n"
+        "def soft_lookup(q, k, v, t): return 0 * v[0]\n"
         "class Yes: ok, passed, total, message = True, 1, 1, 'passed'\n"
         "heed.checks.check = check = lambda *a, **k: Yes()\n"
         "heed.checks.compare.expect = heed.checks.ch04.expect = lambda *a, **k: None\n"
@@ -278,7 +278,7 @@ NOTEBOOKS = {
     "odd": ["%matplotlib inline\n1 / 0", RIGHT, "import sys\nsys.exit(2)", "len = sum = None\n"
             "import os\nos.chdir('/')\ntorch.set_default_dtype(torch.float64)"],
     "loops": [RIGHT, "while True: pass", "def exact(*a):\n    while True: pass"],
-    "greedy": [RIGHT, "x = bytearray(64 * 2**30)"],
+    "greedy": [RIGHT, "x = bytearray(6 * 2**30)"],
     "gone": [RIGHT, "import os\nos._exit(0)"],
 }  # fmt: skip
 

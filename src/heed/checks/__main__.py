@@ -149,6 +149,9 @@ def mark_here() -> None:
             for name, value in names.items():
                 if vars(thing).get(name) is not value:
                     setattr(thing, name, value)
+            if isinstance(thing, type):  # a method that was added hides the one it inherits
+                for name in set(vars(thing)) - set(names):
+                    delattr(thing, name)
         sys.path[:] = path
         sys.modules.update(modules)
         for task in order["tasks"]:
