@@ -17,13 +17,14 @@ FLOORS = {
     3: ({"multihead", "blocks"}, {0, 1}),
     4: ({"gpt", "models"}, {0, 1, 3}),
     5: ({"generation", "training", "interop", "tasks"}, {0, 1, 3}),
-    6: ({"plots", "notebook", "interactive", "stepper", "checks"}, {0, 1}),
+    6: ({"plots", "notebook", "interactive", "stepper", "reading", "checks"}, {0, 1}),
 }
 BESIDES = {
     ("interop", "gpt"),
     ("interop", "models"),
     ("notebook", "plots"),
     ("stepper", "interactive"),
+    ("reading", "interactive"),
 }
 
 EVERYWHERE = {"torch", "jaxtyping", *sys.stdlib_module_names}
