@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from heed.checks.compare import Wrong, shown
+from heed.checks.leaks import leaks as leaks
 
 Function = Callable[..., Any]
 Edits = dict[str, str]  # words of the source, and what stands in their place
