@@ -12,7 +12,7 @@ SRC = ROOT / "src/heed"
 
 # A file may import from the floors that stand behind its own.
 FLOORS = {
-    0: ({"masks", "positions", "tokenizers", "counting"}, set()),
+    0: ({"masks", "positions", "stretch", "tokenizers", "counting"}, set()),
     1: ({"attention", "layers"}, {0}),
     3: ({"multihead", "blocks"}, {0, 1}),
     4: ({"gpt", "models"}, {0, 1, 3}),
@@ -106,7 +106,9 @@ def test_a_third_party_comes_in_by_its_one_door(stem):
 def test_every_file_has_a_test_of_its_name_and_every_test_a_file():
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
     beside = {
-        path.stem for folder in ("tools", "book/_ext") for path in (ROOT / folder).glob("*.py")
+        path.stem
+        for folder in ("tools", "book/_ext", "bench")
+        for path in (ROOT / folder).glob("*.py")
     }
     # tasks/grammar.py is tested in test_grammar.py or test_tasks_grammar.py.
     files = {
@@ -185,7 +187,7 @@ FORBIDDEN = re.compile(r"(?<![\w.:/-])/(?:work|tmp/w|root)\b|\b(?:simply|obvious
 
 def written():
     """Every text of ours that a reader may open."""
-    for folder in ("src", "chapters/md", "exercises", "book", "."):
+    for folder in ("src", "chapters/md", "exercises", "book", "bench", "."):
         every = (ROOT / folder).glob("*") if folder == "." else (ROOT / folder).rglob("*")
         for path in every:
             if path.suffix in {".py", ".js", ".css", ".md", ".yml", ".toml", ".cff"}:
