@@ -74,14 +74,14 @@ def test_every_property_has_a_hint_of_its_own_that_is_no_code(task):
 
 
 def test_six_tasks_or_more_in_a_chapter_and_one_of_them_is_to_write_the_test():
-    for chapter in ("04", "05"):
+    for chapter in sorted({task[:2] for task in TASKS}):
         found = [t for t in TASKS.values() if t.id.startswith(chapter)]
         assert len(found) >= 6 and sum(bool(t.bugs) for t in found) == 1
         assert [t.id for t in found] == [f"{chapter}.{n}" for n in range(1, len(found) + 1)]
 
 
 def test_an_unknown_task_and_an_answer_that_is_no_function_are_refused_by_name(unchecked):
-    with pytest.raises(ValueError, match=r"no task '04.99'; there are 04.1, 04.2, "):
+    with pytest.raises(ValueError, match=r"no task '04.99'; there are 01.1, 01.2, "):
         check("04.99", print)
     with pytest.raises(TypeError, match="takes a function, got Tensor"):
         check("04.1", torch.zeros(3))

@@ -144,7 +144,7 @@ def test_two_makings_give_the_same_notebook_with_ids_of_its_own(master):
 
 def test_building_unknown_exercises_says_which_there_are():
     (said,) = exercises.build(["99"])
-    assert said.startswith("no exercises 99; there are 04_lookup, 05_scale")
+    assert said.startswith("no exercises 99; there are 01_sequences, 02_bottleneck")
 
 
 @pytest.fixture

@@ -208,6 +208,23 @@ def test_a_walk_goes_on_with_space_and_says_where_it_is(visit, address):
     assert walk.locator("[aria-current=step]").inner_text().startswith("3 ")
 
 
+def test_pointing_at_a_word_says_what_it_reads(visit, address):
+    page = visit(f"{address}/chapters/03_alignment.html")
+    figure = page.locator("[data-explorer=reading]").first
+    row = figure.locator("tbody tr:visible").nth(1)
+    row.locator("button").hover()
+    said = figure.locator("[role=status]").inner_text()
+    word, read, weight = re.match(r"(\S+) reads (.+?) ([01]\.\d\d)", said).groups()
+    assert row.locator("button").inner_text() == word
+    weights = [float(text) for text in row.locator("td").all_text_contents()]
+    heads = figure.locator("thead:visible th").all_inner_texts()
+    assert (
+        float(weight) == max(weights)
+        and heads[weights.index(max(weights))] == read.split(" (place ")[0]
+    )
+    assert float(figure.locator("td").first.evaluate("e => e.clientWidth")) > 0
+
+
 def test_a_chapter_opens_as_a_file_without_a_server(visit):
     if not CHAPTERS:
         give_up("no chapters on the site: make chapters book")

@@ -439,7 +439,8 @@ def nothing(f: Function, rng: Generator) -> None:
 
 
 @prop(
-    "no gradient from nothing", "NaN made on the way stays in the gradient, though you replace it."
+    "no gradient from nothing",
+    "NaN made on the way can stay in the gradient, though you replace it.",
 )
 def nothing_back(f: Function, rng: Generator) -> None:
     scores = f64([LN, LN]).requires_grad_()

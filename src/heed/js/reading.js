@@ -62,6 +62,12 @@ function mount(el, data) {
     return map;
   });
 
+  // A word, with its place if it stands there twice.
+  function named(map, i) {
+    var word = map.heads[i].textContent;
+    var twice = map.heads.some(function (th, j) { return j !== i && th.textContent === word; });
+    return twice ? word + " (place " + (i + 1) + ")" : word;
+  }
   function point(n) {
     row = n;
     var map = maps[chosen], one = map.rows[n];
@@ -71,10 +77,10 @@ function mount(el, data) {
       .filter(function (i) { return one.weights[i] >= 0.05; })
       .sort(function (a, b) { return one.weights[b] - one.weights[a]; }).slice(0, 4);
     var text = order.map(function (i) {
-      return map.heads[i].textContent + " " + one.weights[i].toFixed(2);
+      return named(map, i) + " " + one.weights[i].toFixed(2);
     }).join(", ");
-    var true_ = map.heads.filter(function (th, i) { return one.right[i]; })
-      .map(function (th) { return th.textContent; }).join(", ");
+    var true_ = map.heads.map(function (th, i) { return one.right[i] ? named(map, i) : ""; })
+      .filter(Boolean).join(", ");
     said.textContent = one.word + " reads " + (text || "nothing above 0.05") + "." +
       (data.marked ? " True place: " + (true_ || "none") + "." : "");
   }
