@@ -133,6 +133,7 @@ def test_a_page_fits_a_phone_and_shows_its_maths(visit, address, name):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390, overflowing(page)
     if page.locator("span.math, div.math").count():
         assert page.locator(".katex").count(), "formulas without KaTeX"
+        page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
         assert page.evaluate(
             "document.fonts.ready.then(() => document.fonts.check('16px KaTeX_Main'))"
         )
