@@ -12,6 +12,7 @@ word: "twenty seven", "sieben und zwanzig", "vingt sept".
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
+from functools import cache
 from itertools import chain
 
 import torch
@@ -112,7 +113,7 @@ class Pairs:
 
     def _ids(self, text: str, vocab: tuple[str, ...]) -> list[int]:
         symbols = self._split(text)
-        ids = {symbol: i for i, symbol in enumerate(vocab, FIRST)}
+        ids = _numbered(vocab)
         unknown = sorted(set(symbols) - ids.keys())
         if unknown or not symbols:
             raise ValueError(f"{text!r} has symbols that are not in the vocabulary: {unknown}")
@@ -123,6 +124,11 @@ class Pairs:
         if not all(PAD <= i < FIRST + len(vocab) for i in row):
             raise ValueError(f"ids {row}, but the vocabulary ends at {FIRST + len(vocab) - 1}")
         return self.space.join(vocab[i - FIRST] for i in row if i >= FIRST)
+
+
+@cache
+def _numbered(vocab: tuple[str, ...]) -> dict[str, int]:
+    return {symbol: i for i, symbol in enumerate(vocab, FIRST)}
 
 
 def _padded(rows: list[list[int]], filler: int) -> Tensor:
