@@ -24,7 +24,7 @@ from heed.checks import (
     write_the_test,
 )
 from heed.checks.ch04 import LN, f64
-from heed.checks.compare import Wrong, expect, normal, several, shown, tensor
+from heed.checks.compare import Wrong, expect, listed, normal, several, shown, tensor
 
 MUTANTS = mutants(__file__)
 
@@ -613,17 +613,13 @@ class Problem:
             [
                 f"1. Weights        {', '.join(f'{n}/{total}' for n in self.counts)}",
                 f"2. Context        {mixes[0]} = {c[0]},   {mixes[1]} = {c[1]}",
-                f"3. Probabilities  odds 2^{c[0]} : 2^{c[1]}, so {_list(self.probabilities)}",
-                f"4. g = p - y      {_list(self.d_context)}, times ln 2",
+                f"3. Probabilities  odds 2^{c[0]} : 2^{c[1]}, so {listed(self.probabilities)}",
+                f"4. g = p - y      {listed(self.d_context)}, times ln 2",
                 "5. Scores         weight · g·(state - context), times ln 2:",
                 *rows,
                 "   Their sum is 0. Downhill raises the scores with a negative gradient.",
             ]
         )
-
-
-def _list(numbers: list[Fraction]) -> str:
-    return ", ".join(map(str, numbers))
 
 
 def problem(random_seed: int) -> Problem:

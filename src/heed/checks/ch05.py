@@ -23,7 +23,7 @@ from heed.checks import (
     write_the_test,
 )
 from heed.checks.ch04 import LN, f64
-from heed.checks.compare import Wrong, expect, normal, several
+from heed.checks.compare import Wrong, expect, in_brackets, normal, several
 
 SIXTHS = [1 / 6, 2 / 6, 3 / 6]
 
@@ -511,7 +511,7 @@ class Problem:
         mean = sum(w * d for w, d in zip(weights, d_weights, strict=True))
         rows = ", ".join(f"({', '.join(map(str, row))})" for row in self.d_v)
         scores = ", ".join(
-            f"{c}/{total}·({d} - {_in_brackets(mean)}) = {s}"
+            f"{c}/{total}·({d} - {in_brackets(mean)}) = {s}"
             for c, d, s in zip(n, d_weights, self.d_scores, strict=True)
         )
         return "\n".join(
@@ -524,10 +524,6 @@ class Problem:
                 f"5. d_q        Σ d_score k / 2: ({', '.join(map(str, self.d_q))})",
             ]
         )
-
-
-def _in_brackets(x: Fraction | int) -> str:
-    return f"({x})" if x < 0 else f"{x}"
 
 
 def problem(random_seed: int) -> Problem:

@@ -24,7 +24,7 @@ from heed.checks import (
     write_the_test,
 )
 from heed.checks.ch04 import f64
-from heed.checks.compare import expect, normal, several
+from heed.checks.compare import expect, in_brackets, normal, several
 from heed.multihead import MultiHeadAttention
 
 MUTANTS = mutants(__file__)
@@ -494,7 +494,7 @@ class Problem:
         for h in (0, 1):
             n, values = self.counts(h), self.values(h)
             total = sum(n)
-            mix = " + ".join(f"{a}·{_in_brackets(v)}" for a, v in zip(n, values, strict=True))
+            mix = " + ".join(f"{a}·{in_brackets(v)}" for a, v in zip(n, values, strict=True))
             lines.append(
                 f"{h + 1}. Head {h + 1}: query {self.query(h)}; exp of the scores"
                 f" {', '.join(map(str, n))}, together {total}; values"
@@ -503,10 +503,6 @@ class Problem:
         shown = [f"({', '.join(map(str, term))})" for term in self.terms]
         lines.append(f"3. W_O.  {shown[0]} + {shown[1]} = ({', '.join(map(str, self.answer))})")
         return "\n".join(lines)
-
-
-def _in_brackets(x: Fraction | int) -> str:
-    return f"({x})" if x < 0 else f"{x}"
 
 
 def problem(random_seed: int) -> Problem:

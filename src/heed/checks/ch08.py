@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 from heed import positions
 from heed.checks import Bug, Function, Task, mutants, prop, write_the_test
-from heed.checks.compare import expect, normal
+from heed.checks.compare import expect, in_brackets, normal
 
 f64 = torch.float64
 MUTANTS = mutants(__file__)
@@ -503,16 +503,12 @@ class Problem:
             [
                 f"1. Turn q   {self.m} times: ({q[0]}, {q[1]})",
                 f"2. Turn k   {self.n} times: ({k[0]}, {k[1]})",
-                f"3. Score    {q[0] * k[0]} + {_bracketed(q[1] * k[1])} = {self.answer}",
+                f"3. Score    {q[0] * k[0]} + {in_brackets(q[1] * k[1])} = {self.answer}",
                 f"The short way: leave q, turn k {self.n - self.m} times: ({near[0]}, {near[1]})",
-                f"            {self.q[0]} · {_bracketed(near[0])} + {self.q[1]} ·"
-                f" {_bracketed(near[1])} = {self.answer}",
+                f"            {self.q[0]} · {in_brackets(near[0])} + {self.q[1]} ·"
+                f" {in_brackets(near[1])} = {self.answer}",
             ]
         )
-
-
-def _bracketed(x: Fraction) -> str:
-    return f"({x})" if x < 0 else f"{x}"
 
 
 def problem(random_seed: int) -> Problem:

@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from heed import stretch
 from heed.checks import Bug, Function, Task, mutants, prop, write_the_test
-from heed.checks.compare import Wrong, expect, normal, shown
+from heed.checks.compare import Wrong, expect, listed, normal, shown
 from heed.positions import frequencies as of_base
 
 MUTANTS = mutants(__file__)
@@ -469,7 +469,7 @@ class Problem:
         return "\n".join(
             [
                 f"Problem {self.random_seed}: four pairs, trained on {self.trained} words",
-                f"  at each word they turn by {_listed(self.rates)} of a turn",
+                f"  at each word they turn by {listed(self.rates)} of a turn",
                 f"  the texts become {self.factor} times longer",
                 "How many pairs never finish a turn in training? Give the new rates, as fractions,",
                 "interpolated, NTK-aware, and by parts with slow = 1 and fast = 4 turns.",
@@ -480,22 +480,18 @@ class Problem:
         """Each answer with this problem's numbers."""
         far = self.trained * self.factor
         lines = [
-            f"1. Turns in {self.trained} words   {_listed(self.turns)}:"
+            f"1. Turns in {self.trained} words   {listed(self.turns)}:"
             f" {self.unfinished} pairs do not finish one",
             f"2. Interpolated        each rate over {self.factor}:"
-            f" {_listed(self.answer['interpolated'])}",
+            f" {listed(self.answer['interpolated'])}",
             f"3. NTK-aware           over 1, {self.root}, {self.root**2}, {self.root**3}:"
-            f" {_listed(self.answer['NTK-aware'])}",
-            f"4. By parts            kept (turns - 1)/3, from 0 to 1: {_listed(self.kept)};"
-            f" rates {_listed(self.answer['by parts'])}",
+            f" {listed(self.answer['NTK-aware'])}",
+            f"4. By parts            kept (turns - 1)/3, from 0 to 1: {listed(self.kept)};"
+            f" rates {listed(self.answer['by parts'])}",
             f"5. Turns in {far} words, by parts: "
-            + _listed([far * r for r in self.answer["by parts"]]),
+            + listed([far * r for r in self.answer["by parts"]]),
         ]
         return "\n".join(lines)
-
-
-def _listed(numbers: list[Fraction]) -> str:
-    return ", ".join(map(str, numbers))
 
 
 TASKS = (

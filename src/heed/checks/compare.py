@@ -1,5 +1,7 @@
 """What the properties of a check are written with: draw numbers, compare, show the difference."""
 
+from collections.abc import Iterable
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -54,6 +56,15 @@ def several(got: Any, n: int, given: str) -> tuple[Any, ...]:
 
 def shown(given: str, want: str, got: str) -> str:
     return f"given     {given}\nexpected  {want}\ngot       {got}"
+
+
+def in_brackets(x: Fraction | int) -> str:
+    """A number as it stands in a sum: -3 is (-3)."""
+    return f"({x})" if x < 0 else f"{x}"
+
+
+def listed(numbers: Iterable[Fraction]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _text(x: Tensor) -> str:
