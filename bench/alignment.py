@@ -8,15 +8,12 @@ the longest of two random ones, or one random one, so that the fixed vector sees
 """
 
 import argparse
-import datetime
-import json
-import platform
 import time
 from pathlib import Path
 
 import torch
 
-from bench.length import processor, rounded, save
+from bench import record
 from heed.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from heed.tasks.pairs import reversal
 from heed.training import cross_entropy
@@ -72,10 +69,7 @@ def exact(model: Seq2Seq, length: int) -> float:
 
 
 def load(path: Path = RESULTS) -> dict:
-    """What was recorded with these settings."""
-    empty = {"settings": SETTINGS, "lengths": list(LENGTHS), "runs": {}}
-    found = json.loads(path.read_text("utf8")) if path.exists() else empty
-    return found if found["settings"] == SETTINGS else empty
+    return record.load(path, {"settings": SETTINGS, "lengths": list(LENGTHS), "runs": {}})
 
 
 def main() -> None:
@@ -87,17 +81,11 @@ def main() -> None:
         for name, model in models(random_seed).items():
             start = time.perf_counter()
             train(model, random_seed, draws=2 if name == "looking back" else 1)
-            run = {
-                "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-                "device": f"{processor()}, one thread",
-                "versions": {"python": platform.python_version(), "torch": torch.__version__},
-                "parameters": size(model),
-                "exact": rounded([exact(model, length) for length in LENGTHS]),
-                "seconds": round(time.perf_counter() - start, 1),
-            }
+            shares = record.rounded([exact(model, length) for length in LENGTHS])
+            run = record.stamp(start) | {"parameters": size(model), "exact": shares}
             results = load()  # again: another process may have written in the meantime
             results["runs"][f"{name}, seed {random_seed}"] = run
-            save(results, RESULTS)
+            record.save(results, RESULTS)
             print(f"{name}, seed {random_seed}: {run['exact']}, {run['seconds']} s", flush=True)
 
 

@@ -13,10 +13,6 @@ B texts · T words · S keys · H heads · C width · V vocabulary.
 """
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import time
 from collections.abc import Callable
 from functools import cache, partial
@@ -25,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bench import record
 from heed import masks, stretch
 from heed.attention import attention
 from heed.multihead import MultiHeadAttention
@@ -247,34 +244,8 @@ def measure(scheme: str, random_seed: int) -> dict[str, object]:
     return curves
 
 
-def save(results: dict, path: Path = RESULTS) -> None:
-    """All or nothing: whoever reads the file meanwhile sees the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(f".{os.getpid()}.new")
-    new.write_text(json.dumps(results, indent=1) + "\n", "utf8")
-    os.replace(new, path)
-
-
 def load(path: Path = RESULTS) -> dict:
-    """What was recorded; nothing yet if there is no file, or if it was made with other settings."""
-    empty = {"settings": SETTINGS, "runs": {}}
-    found = json.loads(path.read_text("utf8")) if path.exists() else empty
-    return found if found["settings"] == SETTINGS else empty
-
-
-def rounded(x: object) -> object:
-    """Four decimals: more than a reader needs, and the file stays small."""
-    if isinstance(x, dict):
-        return {name: rounded(y) for name, y in x.items()}
-    return [rounded(y) for y in x] if isinstance(x, list) else round(x, 4)
-
-
-def processor() -> str:
-    """What the machine calls its processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text("utf8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return record.load(path, {"settings": SETTINGS, "runs": {}})
 
 
 def main() -> None:
@@ -286,19 +257,12 @@ def main() -> None:
     for random_seed in asked.seeds or SEEDS:
         for scheme in asked.schemes:
             start = time.perf_counter()
-            curves = rounded(measure(scheme, random_seed))
-            seconds = round(time.perf_counter() - start, 1)
-            run = {
-                "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-                "device": f"{processor()}, one thread",
-                "versions": {"python": platform.python_version(), "torch": torch.__version__},
-                "seconds": seconds,
-                "curves": curves,
-            }
+            curves = record.rounded(measure(scheme, random_seed))
+            run = record.stamp(start) | {"curves": curves}
             results = load()  # again: another process may have written in the meantime
             results["runs"][f"{scheme}, seed {random_seed}"] = run
-            save(results)
-            print(f"{scheme}, seed {random_seed}: {seconds} s", flush=True)
+            record.save(results, RESULTS)
+            print(f"{scheme}, seed {random_seed}: {run['seconds']} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import alignment
+from bench import alignment, record
 
 
 def test_the_two_models_have_one_size_within_five_percent():
@@ -23,5 +23,5 @@ def test_the_record_has_every_seed_and_the_settings_of_the_script():
 
 def test_a_record_with_other_settings_is_not_taken(tmp_path):
     old = tmp_path / "alignment.json"
-    alignment.save({"settings": {"steps": 1}, "runs": {"looking back, seed 0": {}}}, old)
+    record.save({"settings": {"steps": 1}, "runs": {"looking back, seed 0": {}}}, old)
     assert alignment.load(old)["runs"] == {}

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from bench import length
+from bench import length, record
 from heed import masks, stretch
 from heed.positions import frequencies
 
@@ -78,10 +78,10 @@ def test_a_window_of_the_whole_text_changes_nothing():
 def test_saving_leaves_one_whole_file_and_other_settings_start_afresh(tmp_path):
     path = tmp_path / "deep/length.json"
     assert length.load(path)["runs"] == {}
-    length.save({"settings": length.SETTINGS, "runs": {"a": 1}}, path)
+    record.save({"settings": length.SETTINGS, "runs": {"a": 1}}, path)
     assert length.load(path)["runs"] == {"a": 1}
     assert [p.name for p in path.parent.iterdir()] == ["length.json"]
-    length.save({"settings": {"steps": 1}, "runs": {"a": 1}}, path)
+    record.save({"settings": {"steps": 1}, "runs": {"a": 1}}, path)
     assert length.load(path) == {"settings": length.SETTINGS, "runs": {}}
 
 
