@@ -16,15 +16,22 @@ FLOORS = {
     1: ({"attention", "layers"}, {0}),
     3: ({"multihead", "blocks"}, {0, 1}),
     4: ({"gpt", "models"}, {0, 1, 3}),
-    5: ({"generation", "training", "interop", "tasks"}, {0, 1, 3}),
-    6: ({"plots", "notebook", "interactive", "stepper", "reading", "checks"}, {0, 1}),
+    5: ({"generation", "training", "checkpoints", "interop", "tasks"}, {0, 1, 3}),
+    6: (
+        {"plots", "notebook", "checks"}
+        | {"interactive", "stepper", "reading", "drawing", "calculator"},
+        {0, 1},
+    ),
 }
 BESIDES = {
     ("interop", "gpt"),
     ("interop", "models"),
+    ("training", "checkpoints"),
     ("notebook", "plots"),
     ("stepper", "interactive"),
     ("reading", "interactive"),
+    ("drawing", "interactive"),
+    ("calculator", "interactive"),
 }
 
 EVERYWHERE = {"torch", "jaxtyping", *sys.stdlib_module_names}
@@ -32,6 +39,7 @@ DOORS = {
     "matplotlib": {"plots"},
     "numpy": {"plots"},
     "IPython": {"notebook"},
+    "safetensors": {"checkpoints"},
     "latex2mathml": {"interactive"},
 }
 
@@ -122,6 +130,7 @@ def test_every_file_has_a_test_of_its_name_and_every_test_a_file():
         for pattern, test in TESTED_ELSEWHERE.items()
         if re.fullmatch(pattern, stem)
     }
+    beside |= {f"bench_{stem}" for stem in beside & files}  # bench/training.py beside training.py
     assert tests - files - beside - OTHER_TESTS == set(), "tests of nothing"
     assert files - tests - elsewhere.keys() == set(), "files without a test"
     assert set(elsewhere.values()) <= tests

@@ -84,6 +84,20 @@ def test_scores_are_divided_by_the_root_of_the_head_width(width):
     close(layer(x), layer.out(want.transpose(1, 2).reshape(x.shape)), 1e-12)
 
 
+def test_another_attention_fits_in():
+    def sdpa(q, k, v, dropout):
+        assert dropout.p == 0.25
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    model = GPT(GPTConfig(vocab_size=61, max_len=17, d_model=36, dropout=0.25)).eval()
+    want = model(text())
+    for block in model.blocks:
+        block.attn.attend = sdpa
+    assert (model(text()) - want).abs().max() < 1e-5
+    block.attn.attend = lambda q, k, v, dropout: v
+    assert (model(text()) - want).abs().max() > 1e-3
+
+
 def test_the_past_does_not_move_when_the_future_changes():
     model, ids = tiny(), text()
     changed = ids.clone()
@@ -284,8 +298,8 @@ def test_a_cache_without_room_is_refused():
 @pytest.mark.parametrize(
     "ids, said",
     [
-        (torch.tensor([[3, 61]]), "ids from 3 to 61, but vocab_size is 61"),
-        (torch.tensor([[3, -1]]), "ids from -1 to 3"),
+        (torch.tensor([[3, 61]]), "ids 3 to 61, but vocab_size is 61"),
+        (torch.tensor([[3, -1]]), "ids -1 to 3"),
         (torch.tensor([[1.0, 2.0]]), "float32"),
         (torch.tensor([[True]]), "bool"),
         (torch.tensor([1, 2]), r"\(2,\)"),

@@ -46,11 +46,21 @@ class GPTConfig:
         )
 
 
+def causal(q: Tensor, k: Tensor, v: Tensor, dropout: nn.Dropout) -> Tensor:
+    """softmax(Q Kᵀ / √D) V, where a query reads its own position and those before it."""
+    T, S = q.shape[2], k.shape[2]  # the queries are the last T of the S positions
+    scores = q @ k.mT / math.sqrt(k.shape[3])  # (B, H, T, S)
+    i, j = torch.arange(S - T, S, device=q.device)[:, None], torch.arange(S, device=q.device)
+    weights = scores.masked_fill(j > i, -math.inf).softmax(dim=-1)
+    return dropout(weights) @ v
+
+
 class Attention(nn.Module):
     """Every position asks all positions up to itself, in H small subspaces at once."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
+        self.attend = causal  # or a faster function of the same four arguments
         self.n_heads, self.dropout = config.n_heads, nn.Dropout(config.dropout)
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
         self.out = nn.Linear(config.d_model, config.d_model)
@@ -63,11 +73,7 @@ class Attention(nn.Module):
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if remember is not None:
             k, v = remember(k, v)  # (B, H, S, D)
-        S = k.shape[2]
-        scores = q @ k.mT / math.sqrt(k.shape[3])  # (B, H, T, S)
-        i, j = torch.arange(S - T, S, device=x.device)[:, None], torch.arange(S, device=x.device)
-        weights = scores.masked_fill(j > i, -math.inf).softmax(dim=-1)
-        joined = (self.dropout(weights) @ v).transpose(1, 2).reshape(B, T, C)
+        joined = self.attend(q, k, v, self.dropout).transpose(1, 2).reshape(B, T, C)
         return self.dropout(self.out(joined))
 
 
@@ -135,15 +141,11 @@ class GPT(nn.Module):
     def _check(self, ids: Tensor, start: int) -> None:
         if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"ids must be integers (B, T), got {ids.dtype} {tuple(ids.shape)}")
-        if start + ids.shape[1] > self.config.max_len:
-            raise ValueError(
-                f"{start + ids.shape[1]} positions, but max_len is {self.config.max_len}"
-            )
-        if ids.numel() and not 0 <= ids.min() <= ids.max() < self.config.vocab_size:
-            low, high = ids.min().item(), ids.max().item()
-            raise ValueError(
-                f"ids from {low} to {high}, but vocab_size is {self.config.vocab_size}"
-            )
+        c, end = self.config, start + ids.shape[1]
+        if end > c.max_len:
+            raise ValueError(f"{end} positions, but max_len is {c.max_len}")
+        if ids.numel() and not 0 <= ids.min() <= ids.max() < c.vocab_size:
+            raise ValueError(f"ids {ids.min()} to {ids.max()}, but vocab_size is {c.vocab_size}")
 
     def new_cache(self, batch_size: int, max_len: int | None = None) -> "Cache":
         return Cache(self, batch_size, self.config.max_len if max_len is None else max_len)
