@@ -1,14 +1,19 @@
 """The loss against torch's, and a loop that does the same to a large batch and to its parts."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from heed.checkpoints import read_checkpoint, save_checkpoint
 from heed.gpt import GPT, GPTConfig
-from heed.training import cross_entropy, schedule, train
+from heed.training import cross_entropy, inverse_root, schedule, train
 
 f64 = torch.float64
 
@@ -99,6 +104,41 @@ def test_scores_of_ten_thousand_are_exact():
     assert cross_entropy(-logits, torch.tensor([0, 0])).item() == pytest.approx(5000.3465736)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+def test_smoothed_labels_and_their_gradient_are_torchs(share):
+    logits, targets = problem()
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    got = cross_entropy(ours, targets, label_smoothing=share)
+    flat = theirs.flatten(0, 1), targets.flatten()
+    want = F.cross_entropy(*flat, label_smoothing=share)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-14)
+    got.backward()
+    want.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-15)
+
+
+def test_smoothed_labels_are_a_mixture_of_a_sure_and_an_even_answer():
+    logits, targets = problem()
+    kept = targets != -100
+    answers = 0.7 * F.one_hot(targets[kept], 11).double() + 0.3 / 11
+    want = -(answers * logits[kept].log_softmax(-1)).sum(-1).mean()
+    got = cross_entropy(logits, targets, label_smoothing=0.3)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-14)
+
+
+def test_no_smoothing_is_the_plain_loss_and_leaves_forbidden_words_alone():
+    logits = torch.tensor([[0.0, 0.0, -math.inf]])
+    targets = torch.tensor([1])
+    assert cross_entropy(logits, targets, label_smoothing=0.0).item() == pytest.approx(math.log(2))
+    assert cross_entropy(logits, targets, label_smoothing=0.1).item() == math.inf
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])
+def test_a_smoothing_that_is_no_share_is_refused(share):
+    with pytest.raises(ValueError, match=f"{share}"):
+        cross_entropy(*problem(), label_smoothing=share)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_averaged_in_float32(dtype):
     logits, targets = problem(dtype=dtype)
@@ -169,6 +209,25 @@ def test_a_single_step_is_taken_at_the_peak_and_all_steps_may_be_warm_up():
 def test_a_schedule_that_does_not_fit_is_refused(step, steps, warmup, floor, said):
     with pytest.raises(ValueError, match=said):
         schedule(step, steps=steps, warmup=warmup, floor=floor)
+
+
+def test_the_rate_of_2017_goes_up_a_line_and_down_an_inverse_root():
+    rates = [inverse_root(n, d_model=16, warmup=4) for n in range(64)]
+    assert rates[:4] == pytest.approx([1 / 32, 2 / 32, 3 / 32, 4 / 32])  # a quarter of 1/√4
+    assert max(rates) == rates[3]
+    assert [rates[n] for n in (8, 15, 63)] == pytest.approx([1 / 12, 1 / 16, 1 / 32])
+    assert all(a > b for a, b in zip(rates[3:], rates[4:], strict=False))
+    # The base model of the paper: width 512, 4,000 steps of warm-up.
+    assert inverse_root(3999, d_model=512, warmup=4000) == pytest.approx(6.9877e-4, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "step, d_model, warmup, said",
+    [(-1, 8, 4, "step -1"), (0, 0, 4, "d_model 0"), (0, 8, 0, "warmup 0"), (0, 8, -3, "-3")],
+)
+def test_a_rate_of_2017_that_does_not_exist_is_refused(step, d_model, warmup, said):
+    with pytest.raises(ValueError, match=said):
+        inverse_root(step, d_model=d_model, warmup=warmup)
 
 
 # The loop
@@ -379,3 +438,276 @@ def test_a_run_that_cannot_be_is_refused(settings, said, unchecked):
     run = {"model": tiny(), "get_batch": get_batch, "steps": 2, "lr": 1e-3, "random_seed": 0}
     with pytest.raises(ValueError, match=said):
         train(**run | settings)
+
+
+# Half precision
+
+
+class Watched(nn.Module):
+    """Takes down in which type its product came out."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.gpt, self.seen = tiny(dtype), set()
+
+    def forward(self, ids):
+        logits = self.gpt(ids)
+        self.seen.add(logits.dtype)
+        return logits
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_products_are_in_bfloat16_and_weights_and_loss_in_float32(autocast):
+    model, exact, run = Watched(), tiny(f64), {"steps": 20, "lr": 1e-2, "random_seed": 0}
+    got = train(model, get_batch, **run, accumulate=2, autocast=autocast)
+    want = train(exact, get_batch, **run, accumulate=2)
+    assert model.seen == {autocast or torch.float32}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert got != want and got == pytest.approx(want, rel=2e-2 if autocast else 1e-4)
+
+
+def test_the_loss_of_bfloat16_products_is_made_in_float32():
+    ids, targets = get_batch(torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = tiny(torch.float32)(ids)
+    want = F.cross_entropy(logits.double().flatten(0, 1), targets.flatten()).item()
+    run = {"steps": 1, "lr": 1e-2, "random_seed": 0, "autocast": torch.bfloat16}
+    assert train(tiny(torch.float32), get_batch, **run) == pytest.approx([want], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "dtype, autocast, said",
+    [
+        (torch.float32, torch.float16, "got torch.float16"),
+        (torch.float32, torch.float32, "got torch.float32"),
+        (f64, torch.bfloat16, "float32, got {torch.float64}"),
+        (torch.bfloat16, torch.bfloat16, "float32, got {torch.bfloat16}"),
+    ],
+)
+def test_other_ways_to_mix_types_are_refused(dtype, autocast, said):
+    with pytest.raises(ValueError, match=said):
+        train(tiny(dtype), get_batch, steps=1, lr=1e-3, random_seed=0, autocast=autocast)
+
+
+# Stopped and gone on
+
+
+class Stop(Exception):
+    pass
+
+
+def stopping_at(n):
+    """`get_batch` until its call n."""
+    calls = [0]
+
+    def draws(draw):
+        calls[0] += 1
+        if calls[0] > n:
+            raise Stop
+        return get_batch(draw)
+
+    return draws
+
+
+RUN = {"steps": 7, "lr": 1e-2, "random_seed": 3, "accumulate": 2}
+NOISY = {"dtype": torch.float32, "dropout": 0.3}
+
+
+def bits(model):
+    return [p.detach().view(torch.uint8).tolist() for p in model.parameters()]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """Losses, weights and the file at the end of a run that nobody stopped."""
+    torch.set_num_threads(1)
+    model, path = tiny(**NOISY), tmp_path_factory.mktemp("unbroken") / "run"
+    losses = train(model, get_batch, **RUN, checkpoint=path)
+    return losses, bits(model), path.read_bytes()
+
+
+def test_writing_checkpoints_changes_nothing(unbroken):
+    model = tiny(**NOISY)
+    assert train(model, get_batch, **RUN) == unbroken[0] and bits(model) == unbroken[1]
+
+
+@pytest.mark.parametrize(
+    "batches", range(15)
+)  # between two steps, and between a step's two batches
+def test_a_run_stopped_anywhere_goes_on_bit_for_bit(tmp_path, unbroken, batches):
+    path = tmp_path / "run"
+    file = {"checkpoint": path, "checkpoint_every": 1}
+    try:
+        train(tiny(**NOISY), stopping_at(batches), **RUN, **file)
+    except Stop:
+        assert read_checkpoint(path).step == batches // 2
+    torch.manual_seed(batches)  # another process starts with another model, and another noise
+    model = tiny(**NOISY, random_seed=batches + 1)
+    losses = train(model, get_batch, **RUN, **file)
+    assert losses == unbroken[0] and bits(model) == unbroken[1]
+    assert path.read_bytes() == unbroken[2]
+
+
+def test_a_run_may_be_stopped_again_and_again(tmp_path, unbroken):
+    path, stops = tmp_path / "run", 0
+    file = {"checkpoint": path, "checkpoint_every": 3}
+    while True:
+        model = tiny(**NOISY, random_seed=stops)
+        try:
+            losses = train(model, stopping_at(7), **RUN, **file)
+            break
+        except Stop:
+            stops += 1
+    assert stops == 2 and losses == unbroken[0] and bits(model) == unbroken[1]
+
+
+def test_bfloat16_goes_on_bit_for_bit_too(tmp_path):
+    run = RUN | {"autocast": torch.bfloat16}
+    whole, parts, path = tiny(**NOISY), tiny(**NOISY), tmp_path / "run"
+    losses = train(whole, get_batch, **run)
+    with pytest.raises(Stop):
+        train(parts, stopping_at(9), **run, checkpoint=path, checkpoint_every=2)
+    assert train(parts, get_batch, **run, checkpoint=path) == losses and bits(parts) == bits(whole)
+
+
+KILLED = """
+import os, random, signal, sys, time
+sys.path.insert(0, sys.argv[2])
+import torch
+from test_training import NOISY, bits, get_batch, read_checkpoint, tiny, train
+torch.set_num_threads(1)
+chance, path = random.Random(0), sys.argv[1]
+run = {"steps": 120, "lr": 1e-2, "random_seed": 3}
+train(tiny(), get_batch, **run | {"steps": 1})  # torch imports much at the first step
+whole = tiny(**NOISY)
+start = time.perf_counter()
+losses = train(whole, get_batch, **run)
+window = (time.perf_counter() - start) / 6
+
+steps, kills = set(), 0
+while kills < 40:
+    child = os.fork()
+    if child == 0:
+        train(tiny(**NOISY), get_batch, **run, checkpoint=path, checkpoint_every=1)
+        os._exit(0)
+    time.sleep(chance.uniform(0.0, window))
+    os.kill(child, signal.SIGKILL)
+    kills += os.waitpid(child, 0)[1] == signal.SIGKILL
+    if os.path.exists(path):
+        steps.add(read_checkpoint(path).step)
+        if 120 in steps and kills < 40:  # a fast machine starts again
+            steps.remove(120)
+            os.unlink(path)
+
+model = tiny(**NOISY, random_seed=1)
+assert train(model, get_batch, **run, checkpoint=path) == losses
+assert bits(model) == bits(whole)
+print(len(steps), os.listdir(os.path.dirname(path)))
+"""
+
+
+def test_a_run_killed_40_times_ends_with_the_weights_of_one_that_was_not(tmp_path):
+    here = str(Path(__file__).parent)
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "run"), here]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    places, left = done.stdout.split(maxsplit=1)  # the kills fell at many steps
+    assert int(places) > 5 and left.strip() == "['run']"
+
+
+def test_a_finished_run_gives_its_weights_and_losses_again_without_a_step(tmp_path, unbroken):
+    (tmp_path / "run").write_bytes(unbroken[2])
+    model = tiny(**NOISY, random_seed=1)
+    assert train(model, stopping_at(0), **RUN, checkpoint=tmp_path / "run") == unbroken[0]
+    assert bits(model) == unbroken[1]
+
+
+def test_without_a_number_of_steps_only_the_first_and_the_last_state_are_written(tmp_path):
+    with pytest.raises(Stop):
+        train(tiny(**NOISY), stopping_at(13), **RUN, checkpoint=tmp_path / "run")
+    assert read_checkpoint(tmp_path / "run").step == 0
+
+
+def test_a_run_whose_rate_is_a_function_may_be_made_longer(tmp_path):
+    run = {"lr": lambda step: 1e-2 / (step + 1), "random_seed": 0, "checkpoint": tmp_path / "run"}
+    whole, parts = tiny(), tiny()
+    losses = train(whole, get_batch, **run | {"checkpoint": None}, steps=9)
+    assert train(parts, get_batch, **run, steps=4) == losses[:4]
+    assert train(parts, get_batch, **run, steps=9) == losses
+    same(parameters(parts), parameters(whole))
+    with pytest.raises(ValueError, match="has done 9 steps, more than 8"):
+        train(parts, get_batch, **run, steps=8)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"steps": 8},
+        {"lr": 2e-2},
+        {"lr": lambda step: 1e-2},
+        {"random_seed": 4},
+        {"accumulate": 1},
+        {"autocast": torch.bfloat16},
+    ],
+)
+def test_a_checkpoint_made_with_other_settings_is_refused(tmp_path, unbroken, other):
+    (tmp_path / "run").write_bytes(unbroken[2])
+    model = tiny(**NOISY, random_seed=1).eval()
+    before, noise = bits(model), torch.get_rng_state()
+    with pytest.raises(ValueError, match=f"comes from a run with .*'{[*other][0]}'"):
+        train(model, stopping_at(0), **RUN | other, checkpoint=tmp_path / "run")
+    assert bits(model) == before and (tmp_path / "run").read_bytes() == unbroken[2]
+    assert torch.equal(torch.get_rng_state(), noise) and not model.training
+
+
+def test_a_file_that_no_run_has_made_or_that_is_damaged_is_refused(tmp_path, unbroken):
+    model, run = tiny(**NOISY, random_seed=1), RUN | {"checkpoint": tmp_path / "run"}
+    before = bits(model)
+    save_checkpoint(tmp_path / "run", model)
+    with pytest.raises(ValueError, match="from a run with None"):
+        train(model, get_batch, **run)
+    (tmp_path / "run").write_bytes(unbroken[2][:-1])
+    with pytest.raises(ValueError, match="damaged"):
+        train(model, get_batch, **run)
+    with pytest.raises(ValueError, match="not a file"):
+        train(model, get_batch, **run | {"checkpoint": tmp_path})
+    assert bits(model) == before
+
+
+def test_a_place_that_cannot_be_written_to_shows_before_the_first_step(tmp_path):
+    with pytest.raises(ValueError, match="no folder .*nowhere"):
+        train(tiny(), stopping_at(0), **RUN, checkpoint=tmp_path / "nowhere/run")
+
+
+def test_a_loss_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path):
+    class Fails(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gpt, self.step = tiny(), 0
+
+        def forward(self, ids):
+            self.step += 1
+            return self.gpt(ids) * (torch.nan if self.step == 6 else 1)
+
+    model, path, run = Fails(), tmp_path / "run", {"lr": lambda step: 1e-2, "random_seed": 0}
+    with pytest.raises(ValueError, match="step 5: loss nan"):
+        train(model, get_batch, steps=9, **run, checkpoint=path, checkpoint_every=2)
+    good = tiny()
+    losses = train(good, get_batch, steps=4, **run)
+    saved = read_checkpoint(path)
+    assert saved.step == 4 and saved.notes["losses"] == losses
+    weights = saved.part("model")
+    assert all(torch.equal(weights[f"gpt.{name}"], p) for name, p in good.named_parameters())
+    assert os.listdir(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"checkpoint_every": 2}, "checkpoint None, checkpoint_every 2"),
+        ({"checkpoint": "run", "checkpoint_every": 0}, "checkpoint_every 0"),
+    ],
+)
+def test_writing_nowhere_or_never_is_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        train(tiny(), stopping_at(0), **RUN, **settings)
