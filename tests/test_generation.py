@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from heed.generation import filter_logits, generate
+from heed.generation import beam, filter_logits, generate, length_penalty
 from heed.gpt import GPT, GPTConfig
 
 f64, inf = torch.float64, math.inf
@@ -437,3 +437,202 @@ def test_a_prompt_that_cannot_be_is_refused(settings, said, unchecked):
     call = {"model": tiny(), "ids": text(), "n_new": 2}
     with pytest.raises(ValueError, match=said):
         generate(**call | settings)
+
+
+# Beam search
+
+
+def tree(chances):
+    """A score from a table {what was said: chances of the next word}, the start left out."""
+
+    def score(ids, rows):
+        return torch.stack([torch.tensor(chances[tuple(x[1:])], dtype=f64) for x in ids.tolist()])
+
+    return lambda ids, rows: score(ids, rows).log()
+
+
+def random_tree(V, random_seed):
+    """Chances that depend on the whole text so far and on the row."""
+    tables = {}
+
+    def score(ids, rows):
+        for key in zip(rows.tolist(), map(tuple, ids.tolist()), strict=True):
+            if key not in tables:
+                draw = seeded(hash((random_seed, *key[1], key[0])) % 2**31)
+                tables[key] = 2 * torch.randn(V, generator=draw, dtype=f64)
+        keys = zip(rows.tolist(), map(tuple, ids.tolist()), strict=True)
+        return torch.stack([tables[key] for key in keys])
+
+    return score
+
+
+def everything(score, row, start, n_new, V, eos, alpha):
+    """Every text that ends or has n_new words, with its score; the best first."""
+    found, alive = [], [(start, 0.0)]
+    for n in range(1, n_new + 1):
+        longer = []
+        for said, total in alive:
+            p = score(torch.tensor([said]), torch.tensor([row]))[0].log_softmax(0)
+            for word in range(V):
+                text = ([*said, word], total + p[word].item())
+                (found if word == eos else longer).append((*text, n))
+        alive = [(said, total) for said, total, _ in longer]
+    found += [(said, total, n_new) for said, total in alive]
+    scored = [(total / ((5 + n) / 6) ** alpha, said) for said, total, n in found]
+    return sorted(scored, key=lambda pair: -pair[0])
+
+
+def slow_beam(score, row, start, n_new, V, eos, alpha, width):
+    """The docstring in lists, one text after the other, that never stops early."""
+    aside, alive = [], [(0.0, start)]
+    for n in range(1, n_new + 1):
+        tried = []
+        for total, said in alive:
+            p = score(torch.tensor([said]), torch.tensor([row]))[0].log_softmax(0)
+            tried += [(total + p[word].item(), [*said, word]) for word in range(V)]
+        tried.sort(key=lambda pair: -pair[0])
+        aside += [
+            (s / ((5 + n) / 6) ** alpha, said) for s, said in tried[:width] if said[-1] == eos
+        ]
+        alive = [pair for pair in tried if pair[1][-1] != eos][:width]
+    aside += [(s / ((5 + n_new) / 6) ** alpha, said) for s, said in alive]
+    return sorted(aside, key=lambda pair: -pair[0])[:width]
+
+
+GREEDY_IS_WRONG = {  # words: 0 the end, 1 a, 2 b
+    (): [0, 3 / 5, 2 / 5],
+    (1,): [1 / 3, 1 / 3, 1 / 3],
+    (2,): [9 / 10, 1 / 20, 1 / 20],
+}
+
+
+def test_the_best_first_word_need_not_begin_the_best_text():
+    start, score = torch.tensor([[7]]), tree(GREEDY_IS_WRONG)
+    greedy, its_score = beam(score, start, 2, width=1, eos=0)
+    assert greedy.tolist() == [[[7, 1, 0]]]
+    assert math.exp(its_score.item()) == pytest.approx(1 / 5, abs=1e-12)
+    both, scores = beam(score, start, 2, width=2, eos=0)
+    assert both.tolist() == [[[7, 2, 0], [7, 1, 0]]]
+    assert scores.exp().tolist()[0] == pytest.approx([9 / 25, 1 / 5], abs=1e-12)
+
+
+def test_the_length_penalty_is_that_of_wu_et_al():
+    assert length_penalty(1, 0.6) == 1
+    assert length_penalty(7, 1.0) == 2
+    assert length_penalty(19, 0.5) == pytest.approx(2, abs=1e-12)
+    assert length_penalty(30, 0.0) == 1
+
+
+def test_with_a_length_penalty_a_longer_text_may_win():
+    """ln 1/2 = -0.69 against ln 1/3 = -1.10 over (7/6)^alpha: even at alpha = 3."""
+    chances = {(): [1 / 2, 1 / 2], (1,): [2 / 3, 1 / 3]}
+    turn = math.log(math.log(3) / math.log(2)) / math.log(7 / 6)  # 2.99
+    for alpha, want in ((0.0, [0, 0]), (turn - 0.01, [0, 0]), (turn + 0.01, [1, 0])):
+        ids, scores = beam(tree(chances), torch.tensor([[7]]), 2, width=2, eos=0, alpha=alpha)
+        assert ids[0, 0, 1:].tolist() == want
+        assert scores[0, 0] >= scores[0, 1]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0])
+@pytest.mark.parametrize("eos", [2, None])
+def test_a_beam_that_drops_nothing_finds_the_best_of_all(alpha, eos):
+    V, n_new, start = 3, 4, torch.tensor([[2, 1], [0, 2]])
+    score = random_tree(V, 0)
+    ids, scores = beam(score, start, n_new, width=V**n_new, eos=eos, alpha=alpha)
+    for row in range(2):
+        want = everything(score, row, start[row].tolist(), n_new, V, eos, alpha)
+        assert scores[row, : len(want)].tolist() == pytest.approx([s for s, _ in want], abs=1e-12)
+        assert (scores[row, len(want) :] == -inf).all()
+        for said, (_, text) in zip(ids[row].tolist(), want, strict=False):
+            assert said == text + [eos] * (2 + n_new - len(text))
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 5])
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0])
+def test_stopping_early_changes_nothing(width, alpha):
+    start = torch.tensor([[1], [3], [0], [2], [1]])
+    for random_seed in range(6):
+        score = random_tree(4, random_seed)
+        ids, scores = beam(score, start, 6, width=width, eos=0, alpha=alpha)
+        for row in range(5):
+            want = slow_beam(score, row, start[row].tolist(), 6, 4, 0, alpha, width)
+            assert scores[row, : len(want)].tolist() == pytest.approx(
+                [s for s, _ in want], abs=1e-12
+            )
+            assert [x[: len(y)] for x, (_, y) in zip(ids[row].tolist(), want, strict=False)] == [
+                text for _, text in want
+            ]
+
+
+def test_a_row_comes_out_of_a_batch_as_if_alone():
+    score, start = random_tree(4, 9), torch.tensor([[1], [3], [0]])
+    ids, scores = beam(score, start, 5, width=3, eos=0, alpha=0.6)
+    for row in range(3):
+        alone = beam(
+            lambda ids, rows, row=row: score(ids, rows + row),
+            start[row : row + 1],
+            5,
+            width=3,
+            eos=0,
+            alpha=0.6,
+        )
+        assert torch.equal(ids[row], alone[0][0]) and torch.equal(scores[row], alone[1][0])
+
+
+@pytest.mark.parametrize("eos", [None, 8])
+def test_one_beam_is_greedy(eos):
+    model, ids = tiny(), text()
+    greedy = generate(model, ids, 12, eos=eos)
+    found, scores = beam(lambda ids, rows: model(ids)[:, -1], ids, 12, width=1, eos=eos)
+    assert torch.equal(found[:, 0], greedy)
+    p = model(greedy)[:, 6:-1].log_softmax(-1).gather(2, greedy[:, 7:, None])[:, :, 0]
+    ends = greedy[:, 7:] == (-1 if eos is None else eos)
+    before = ends.cumsum(1) <= ends  # the first end counts too
+    torch.testing.assert_close(scores[:, 0], (p * before).sum(1), atol=1e-10, rtol=0)
+
+
+def test_nobody_asks_about_a_text_that_has_ended_or_lost():
+    asked = []
+
+    def score(ids, rows):
+        asked.append((ids.shape[0], rows.tolist()))
+        ending = torch.tensor([[5.0, 1.0, 0.0], [0.0, 5.0, 1.0]], dtype=f64)
+        return ending[rows]
+
+    beam(score, torch.tensor([[1], [1]]), 4, width=2, eos=0)
+    assert asked[0] == (2, [0, 1])  # one text a start
+    assert asked[1] == (4, [0, 0, 1, 1])
+    assert asked[2][1] == [1, 1]  # nothing can overtake the first start's endings
+
+
+def test_no_new_words_leave_the_start():
+    ids, scores = beam(random_tree(4, 0), torch.tensor([[1, 3]]), 0, width=2, eos=0)
+    assert ids.tolist() == [[[1, 3], [1, 3]]] and scores.tolist() == [[0, -inf]]
+
+
+def test_a_language_of_one_word_has_one_text():
+    ids, scores = beam(lambda ids, rows: ids[:, :1] * 0.0, text()[:1], 2, width=3, eos=None)
+    assert scores.tolist() == [[0, -inf, -inf]] and ids[0, 0, -2:].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"start": torch.zeros(2, 3)}, "float32"),
+        ({"start": torch.zeros(2, 0).long()}, r"\(2, 0\)"),
+        ({"n_new": -1}, "n_new .* -1"),
+        ({"width": 0}, "width must be a positive integer, got 0"),
+        ({"width": 2.0}, "got 2.0"),
+        ({"alpha": -0.1}, "alpha must be 0 or more and finite, got -0.1"),
+        ({"alpha": math.nan}, "got nan"),
+        ({"eos": 4}, "eos is 4, but there are 4 words"),
+        ({"score": lambda ids, rows: torch.zeros(len(ids), 3, 4)}, r"\(1, 2\) gave \(1, 3, 4\)"),
+        ({"score": lambda ids, rows: torch.zeros(3, 4)}, r"gave \(3, 4\)"),
+        ({"score": lambda ids, rows: torch.full((len(ids), 4), math.nan)}, "NaN"),
+        ({"score": lambda ids, rows: torch.full((len(ids), 4), -inf)}, "all -inf"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused(settings, said, unchecked):
+    call = {"score": random_tree(4, 0), "start": torch.tensor([[1, 3]]), "n_new": 3}
+    with pytest.raises(ValueError, match=said):
+        beam(**call | {"width": 2, "eos": 0} | settings)

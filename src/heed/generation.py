@@ -1,10 +1,11 @@
-"""From scores of the next token to text: greedy or drawn, from the top k, from the top p.
+"""From scores of the next token to text: greedy or drawn, from the top k, from the top p, by beam.
 
 Works with any causal `model(ids) -> logits`. B prompts · T tokens in each · V words.
 N axes of any number and kind.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -99,6 +100,86 @@ def generate(
         for module, mode in modes.items():
             module.training = mode
     return text if eos is None else text.masked_fill(places >= ends[:, None], eos)
+
+
+@torch.no_grad()
+def beam(
+    score: Callable[[Tensor, Tensor], Tensor],
+    start: Int[Tensor, "B T"],
+    n_new: int,
+    *,
+    width: int,
+    eos: int | None,
+    alpha: float = 0.0,
+) -> tuple[Int[Tensor, "B {width} T+{n_new}"], Float[Tensor, "B {width}"]]:
+    """The `width` best continuations of each start, best first, and ln p / length_penalty of each.
+
+    `score(ids (N, T), rows (N,))` gives the logits (N, V) of the next word; rows says which start a
+    text continues. Every text that is kept is tried with every word. Of these, the endings among
+    the best `width` are set aside, and the best `width` of the others go on, until none of them can
+    overtake what is set aside, or n_new words are said. Width 1 without alpha is greedy; a width
+    that drops nothing finds the best of all. Behind an end stands `eos`. A place that no text
+    fills, because there are fewer, has the score -inf.
+    """
+    _check_beam(start, n_new, width, alpha)
+    (B, T), place = start.shape, torch.arange(2 * width, device=start.device)
+    filler = start[:, -1:] if eos is None else torch.full_like(start[:, :1], eos)
+    text = torch.cat([start, filler.expand(-1, n_new)], 1)[:, None].repeat(1, width, 1)
+    sums = text.new_full((B, width), -math.inf, dtype=torch.float64)  # ln p of what is alive
+    ended, scores = text, sums
+    sums = sums.masked_fill(place[:width] == 0, 0.0)  # one text at first, the start itself
+    rows = torch.arange(B, device=start.device)[:, None]
+    for n in range(1, n_new + 1):
+        # Words only cost, and a longer text is divided by more: this is the best that can come.
+        hope = sums / length_penalty(n_new, alpha)
+        alive = (sums > -math.inf) & (hope[:, :1] > scores[:, -1:])
+        if not alive.any():
+            break
+        ids = text[alive][:, : T + n - 1]
+        logits = filter_logits(_next(score, ids, rows.expand(B, width)[alive], eos).double())
+        tried = sums.new_full((*sums.shape, logits.shape[1]), -math.inf)
+        tried[alive] = sums[alive][:, None] + logits.log_softmax(-1)
+        best, order = tried.flatten(1).sort(dim=1, descending=True, stable=True)
+        best, order = best[:, : 2 * width], order[:, : 2 * width]  # at most `width` of them end
+        new, word = text[rows, order // logits.shape[1]], order % logits.shape[1]
+        new[:, :, T + n - 1] = word
+        ends = word == eos if eos is not None else torch.zeros_like(word, dtype=torch.bool)
+        found = best.masked_fill(~ends | (place[: best.shape[1]] >= width), -math.inf)
+        found = found / length_penalty(n, alpha)
+        ended, scores = _best([ended, new], [scores, found], width)
+        text, sums = _best([new], [best.masked_fill(ends, -math.inf)], width)
+    return _best([ended, text], [scores, sums / length_penalty(n_new, alpha)], width)
+
+
+def length_penalty(n: int, alpha: float) -> float:
+    """((5 + n) / 6)^alpha for a text of n words, its end among them (Wu et al. 2016, eq. 14)."""
+    return ((5 + n) / 6) ** alpha
+
+
+def _best(texts: list[Tensor], scores: list[Tensor], width: int) -> tuple[Tensor, Tensor]:
+    """The best texts of each row, by their scores; of equals the earlier."""
+    text = torch.cat(texts, dim=1)
+    ordered, order = torch.cat(scores, dim=1).sort(dim=1, descending=True, stable=True)
+    rows = torch.arange(len(text), device=text.device)[:, None]
+    return text[rows, order[:, :width]], ordered[:, :width]
+
+
+def _next(score: Any, ids: Tensor, rows: Tensor, eos: int | None) -> Tensor:
+    logits = score(ids, rows)
+    if logits.ndim != 2 or len(logits) != len(ids):
+        shapes = f"{tuple(ids.shape)} gave {tuple(logits.shape)}"
+        raise ValueError(f"a score makes (N, T) into (N, V), but ids {shapes}")
+    if eos is not None and not 0 <= eos < logits.shape[1]:
+        raise ValueError(f"eos is {eos}, but there are {logits.shape[1]} words")
+    return logits
+
+
+def _check_beam(start: Tensor, n_new: int, width: int, alpha: float) -> None:
+    _check_prompts(None, start, n_new, None)
+    if not isinstance(width, int) or width < 1:
+        raise ValueError(f"width must be a positive integer, got {width!r}")
+    if not 0 <= alpha < math.inf:  # below 0 a longer text would be worse still: no bound holds
+        raise ValueError(f"alpha must be 0 or more and finite, got {alpha}")
 
 
 def _read(model: Any, ids: Tensor, **cache: Any) -> Tensor:
