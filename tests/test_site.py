@@ -241,6 +241,39 @@ def test_pointing_at_a_word_says_what_it_reads(visit, address):
     assert float(figure.locator("td").first.evaluate("e => e.clientWidth")) > 0
 
 
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_block_can_be_drawn_from_memory(visit, address, width):
+    figure = visit(f"{address}/chapters/10_block.html", width).locator("[data-explorer=drawing]")
+    figure = figure.filter(has_text="Draw a pre-norm block").first
+    parts = ["norm", "attention", "add", "norm", "feed-forward", "add"]
+    for n, part in enumerate(parts, 1):
+        figure.get_by_label(f"Box {n}", exact=True).select_option(part)
+    for name, leaves, joins in (("Lower skip", "1", "3"), ("Upper skip", "3", "6")):
+        skip = figure.get_by_role("group", name=name)
+        skip.get_by_label("leaves at").select_option(leaves)
+        skip.get_by_label("joins at").select_option(joins)
+    check, said = figure.get_by_role("button", name="Check"), figure.get_by_role("status")
+    check.click()
+    assert "lower skip leaves from after the norm" in said.inner_text()
+    lower = figure.get_by_role("group", name="Lower skip")
+    lower.get_by_label("leaves at").select_option("0")
+    check.click()
+    assert said.inner_text().startswith("Right.")
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_calculator_counts_llama(visit, address, width):
+    page = visit(f"{address}/chapters/15_counting.html", width)
+    figure = page.locator("[data-explorer=calculator]").first
+    figure.get_by_label("model", exact=True).select_option("Llama 3 8B")
+    assert figure.locator("[data-key=parameters]").inner_text() == "8,030,261,248"
+    heads = figure.get_by_label("key-value heads, G")
+    assert heads.evaluate("e => e.offsetWidth >= e.closest('div').offsetWidth - 1")
+    heads.fill("5")
+    assert figure.get_by_text("32 query heads cannot share 5 equally.").is_visible()
+    assert figure.locator("[data-key]").count() == 0
+
+
 def test_a_chapter_opens_as_a_file_without_a_server(visit):
     if not CHAPTERS:
         give_up("no chapters on the site: make chapters book")
