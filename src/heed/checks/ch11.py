@@ -380,7 +380,7 @@ DECODER_TEST = write_the_test(
         ),
         Bug(
             "normed over the words",
-            "MorvanZhou/NLP-Tutorials#10",
+            "OpenNMT/OpenNMT-tf#6",
             "The masks are right, and a later word still gets out. Look at every earlier row.",
             {
                 "(y - y.mean(dim=1, keepdim=True)) / y.std(dim=1, keepdim=True)": (
