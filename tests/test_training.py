@@ -585,7 +585,7 @@ losses = train(whole, get_batch, **run)
 window = (time.perf_counter() - start) / 6
 
 steps, kills = set(), 0
-while kills < 40:
+while kills < 40 or not os.path.exists(path):  # the last one may be killed before its first save
     child = os.fork()
     if child == 0:
         train(tiny(**NOISY), get_batch, **run, checkpoint=path, checkpoint_every=1)
