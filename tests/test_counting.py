@@ -141,6 +141,10 @@ def test_the_rule_is_off_by_what_the_family_changes(config, error):
     assert round(100 * (counting.rule(config) / counting.parameters(config) - 1), 2) == error
 
 
+def test_the_rule_of_a_model_without_words_is_its_layers():
+    assert counting.rule(VIT_B16) == 12 * 12 * 768**2
+
+
 def test_gpt3_has_its_175_billion():
     gpt3 = GPTConfig(vocab_size=50257, max_len=2048, n_layers=96, n_heads=96, d_model=12288)
     assert counting.parameters(gpt3) == 174_604_259_328
