@@ -218,8 +218,11 @@ def measure(name: str, random_seed: int) -> dict[str, object]:
     return {"above": above(model.eval()), "losses": losses.view(10, -1).mean(1).tolist()}
 
 
+EMPTY = {"settings": SETTINGS, "runs": {}}
+
+
 def load(path: Path = RESULTS) -> dict:
-    return record.load(path, {"settings": SETTINGS, "runs": {}})
+    return record.load(path, EMPTY)
 
 
 def main() -> None:
@@ -234,11 +237,7 @@ def main() -> None:
             if key in load()["runs"]:
                 continue
             start = time.perf_counter()
-            found = record.rounded(measure(name, random_seed))
-            run = record.stamp(start) | found
-            results = load()  # again: another process may have written in the meantime
-            results["runs"][key] = run
-            record.save(results, RESULTS)
+            run = record.add(RESULTS, EMPTY, key, start, measure(name, random_seed))
             print(f"{key}: {run['above']:.3f} nats above, {run['seconds']} s", flush=True)
 
 

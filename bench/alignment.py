@@ -68,8 +68,11 @@ def exact(model: Seq2Seq, length: int) -> float:
     return task.exact(source, model.translate(source, right.shape[1])).double().mean().item()
 
 
+EMPTY = {"settings": SETTINGS, "lengths": list(LENGTHS), "runs": {}}
+
+
 def load(path: Path = RESULTS) -> dict:
-    return record.load(path, {"settings": SETTINGS, "lengths": list(LENGTHS), "runs": {}})
+    return record.load(path, EMPTY)
 
 
 def main() -> None:
@@ -81,12 +84,13 @@ def main() -> None:
         for name, model in models(random_seed).items():
             start = time.perf_counter()
             train(model, random_seed, draws=2 if name == "looking back" else 1)
-            shares = record.rounded([exact(model, length) for length in LENGTHS])
-            run = record.stamp(start) | {"parameters": size(model), "exact": shares}
-            results = load()  # again: another process may have written in the meantime
-            results["runs"][f"{name}, seed {random_seed}"] = run
-            record.save(results, RESULTS)
-            print(f"{name}, seed {random_seed}: {run['exact']}, {run['seconds']} s", flush=True)
+            shares = [exact(model, length) for length in LENGTHS]
+            measured, key = (
+                {"parameters": size(model), "exact": shares},
+                f"{name}, seed {random_seed}",
+            )
+            run = record.add(RESULTS, EMPTY, key, start, measured)
+            print(f"{key}: {run['exact']}, {run['seconds']} s", flush=True)
 
 
 if __name__ == "__main__":

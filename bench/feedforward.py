@@ -103,8 +103,11 @@ def measure(network: str, random_seed: int) -> dict[str, float]:
     return {"above": above(model), "parameters": weights}
 
 
+EMPTY = {"settings": SETTINGS, "runs": {}}
+
+
 def load(path: Path = RESULTS) -> dict:
-    return record.load(path, {"settings": SETTINGS, "runs": {}})
+    return record.load(path, EMPTY)
 
 
 def main() -> None:
@@ -116,14 +119,9 @@ def main() -> None:
     for random_seed in asked.seeds or SEEDS:
         for network in asked.networks:
             start = time.perf_counter()
-            measured = record.rounded(measure(network, random_seed))
-            run = record.stamp(start) | measured
-            results = load()  # again: another process may have written in the meantime
-            results["runs"][f"{network}, seed {random_seed}"] = run
-            record.save(results, RESULTS)
-            print(
-                f"{network}, seed {random_seed}: {run['above']} in {run['seconds']} s", flush=True
-            )
+            name, measured = f"{network}, seed {random_seed}", measure(network, random_seed)
+            run = record.add(RESULTS, EMPTY, name, start, measured)
+            print(f"{name}: {run['above']} in {run['seconds']} s", flush=True)
 
 
 if __name__ == "__main__":

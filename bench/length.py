@@ -244,8 +244,11 @@ def measure(scheme: str, random_seed: int) -> dict[str, object]:
     return curves
 
 
+EMPTY = {"settings": SETTINGS, "runs": {}}
+
+
 def load(path: Path = RESULTS) -> dict:
-    return record.load(path, {"settings": SETTINGS, "runs": {}})
+    return record.load(path, EMPTY)
 
 
 def main() -> None:
@@ -257,12 +260,9 @@ def main() -> None:
     for random_seed in asked.seeds or SEEDS:
         for scheme in asked.schemes:
             start = time.perf_counter()
-            curves = record.rounded(measure(scheme, random_seed))
-            run = record.stamp(start) | {"curves": curves}
-            results = load()  # again: another process may have written in the meantime
-            results["runs"][f"{scheme}, seed {random_seed}"] = run
-            record.save(results, RESULTS)
-            print(f"{scheme}, seed {random_seed}: {run['seconds']} s", flush=True)
+            name, curves = f"{scheme}, seed {random_seed}", measure(scheme, random_seed)
+            run = record.add(RESULTS, EMPTY, name, start, {"curves": curves})
+            print(f"{name}: {run['seconds']} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What the recording scripts share: a file of runs, written whole or not at all."""
 
+import copy
 import datetime
 import json
 import os
@@ -19,9 +20,18 @@ def save(results: dict, path: Path) -> None:
 
 
 def load(path: Path, empty: dict) -> dict:
-    """What was recorded; `empty` if there is no file, or if it was made with other settings."""
+    """What was recorded; a copy of `empty` if there is no file, or one with other settings."""
     found = json.loads(path.read_text("utf8")) if path.exists() else empty
-    return found if found["settings"] == empty["settings"] else empty
+    return copy.deepcopy(found if found["settings"] == empty["settings"] else empty)
+
+
+def add(path: Path, empty: dict, name: str, start: float, measured: dict) -> dict:
+    """Put a run into the file, rounded and stamped; the others in it stay."""
+    run = stamp(start) | rounded(measured)
+    results = load(path, empty)  # now, and not earlier: another process may have written
+    results["runs"][name] = run
+    save(results, path)
+    return run
 
 
 def stamp(start: float) -> dict[str, object]:

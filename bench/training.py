@@ -150,9 +150,7 @@ def main() -> None:
         start = time.perf_counter()
         rows = measure(way, SHAPE, SETTINGS["batch"], SETTINGS["rounds"])
         show(way, rows)
-        results = record.load(RESULTS, {"settings": SETTINGS, "runs": {}})
-        results["runs"][way] = {"rows": record.rounded(rows)} | record.stamp(start)
-        record.save(results, RESULTS)
+        record.add(RESULTS, {"settings": SETTINGS, "runs": {}}, way, start, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -153,8 +153,11 @@ def ramp(random_seed: int, warm: bool) -> list[float]:
     return found
 
 
+EMPTY = {"settings": SETTINGS, "runs": {}}
+
+
 def load(path: Path = RESULTS) -> dict:
-    return record.load(path, {"settings": SETTINGS, "runs": {}})
+    return record.load(path, EMPTY)
 
 
 def main() -> None:
@@ -177,11 +180,7 @@ def main() -> None:
         jobs["clock"] = clock
     for name, job in jobs.items():
         start = time.perf_counter()
-        run = record.rounded(job())
-        results = load()  # again: another process may have written in the meantime
-        results["runs"][name] = record.stamp(start) | run
-        record.save(results, RESULTS)
-        print(f"{name}: {run}, {results['runs'][name]['seconds']} s", flush=True)
+        print(f"{name}: {record.add(RESULTS, EMPTY, name, start, job())}", flush=True)
 
 
 if __name__ == "__main__":
