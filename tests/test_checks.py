@@ -57,6 +57,12 @@ def test_every_mutant_is_caught_by_the_property_whose_hint_fits(task, mutant):
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=task_id)
+def test_a_message_is_the_same_each_time(task):
+    broken = task.broken(task.mutants[0])
+    assert repr(check(task.id, broken)) == repr(check(task.id, broken))
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=task_id)
 def test_a_task_has_5_to_15_mutants_and_no_property_that_catches_none(task):
     assert 5 <= len(task.mutants) <= 15
     assert len({m.name for m in task.mutants}) == len(task.mutants)

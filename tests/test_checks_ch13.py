@@ -9,32 +9,11 @@ from torch.nn import functional
 from heed import counting, generation, gpt, training
 from heed.checks import ch13, check, edited
 
-TASKS = {task.id: task for task in ch13.TASKS}
-MUTANTS = [(t, m) for t in ch13.TASKS for m in t.mutants]
 BUGS = ch13.LEAK_TEST.bugs
 
 
 def task_id(x):
     return getattr(x, "id", None) or getattr(x, "name", None)
-
-
-@pytest.mark.parametrize("task", ch13.TASKS, ids=task_id)
-def test_the_reference_passes_with_any_random_seed(task):
-    for random_seed in [0, 1, 2, 3, -1, 10**12]:
-        assert check(task.id, task.reference, random_seed).ok
-
-
-@pytest.mark.parametrize("task, mutant", MUTANTS, ids=task_id)
-def test_every_mutant_is_caught_by_the_property_whose_hint_fits(task, mutant):
-    for random_seed in range(3):
-        result = check(task.id, task.broken(mutant), random_seed)
-        assert result.failed == mutant.caught_by, result
-
-
-@pytest.mark.parametrize("task", ch13.TASKS, ids=task_id)
-def test_a_message_is_the_same_each_time(task):
-    broken = task.broken(task.mutants[0])
-    assert repr(check(task.id, broken)) == repr(check(task.id, broken))
 
 
 @pytest.mark.parametrize("task", ch13.TASKS, ids=task_id)
