@@ -3,16 +3,14 @@
 import base64
 import re
 import xml.etree.ElementTree as ET
-from pathlib import Path
 
 import pytest
 import torch
-from test_interactive import HTML, browser  # noqa: F401
+from test_interactive import HTML, assert_readable, browser  # noqa: F401
 
 from heed.blocks import PostNorm, PreNorm
 from heed.drawing import ANSWERS, PARTS, drawing
 
-AXE = Path(__file__).parents[1] / "node_modules/axe-core/axe.min.js"
 PRE, POST = ANSWERS["pre-norm"][0], ANSWERS["post-norm"][0]
 
 
@@ -262,16 +260,7 @@ def test_the_page_is_accessible_and_nothing_is_small_or_cut_off(tab, kind):
     fill(tab, ANSWERS[kind][0][:3] + ANSWERS["pre-norm"][0][3:5] + ("softmax",))
     assert check(tab).startswith("Not yet.")
     tab.mouse.move(0, 0)
-    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    small = tab.evaluate(
-        """() => [...document.querySelectorAll(".xp *")].filter(e =>
-            e.clientWidth && parseFloat(getComputedStyle(e).fontSize) < 12).length"""
-    )
-    assert small == 0
-    if AXE.exists():
-        tab.add_script_tag(path=AXE)
-        found = tab.evaluate("async () => (await axe.run('figure')).violations")
-        assert [v["id"] for v in found] == []
+    assert_readable(tab)
 
 
 @pytest.mark.site

@@ -6,6 +6,7 @@ import re
 import shutil
 import xml.etree.ElementTree as ET
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -212,6 +213,23 @@ FLAGS = [
 HTML = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>t</title>
 <meta name="viewport" content="width=device-width"><style>:root{{color-scheme:light dark}}
 body{{margin:8px;font-family:sans-serif}}</style></head><body><main>{}</main></body></html>"""
+
+
+AXE = Path(__file__).parents[1] / "node_modules/axe-core/axe.min.js"
+
+
+def assert_readable(tab):
+    """Nothing is wider than the window, smaller than 12 px or wrong for axe."""
+    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    small = tab.evaluate(
+        """() => [...document.querySelectorAll(".xp *")].filter(e =>
+            e.clientWidth && parseFloat(getComputedStyle(e).fontSize) < 12).length"""
+    )
+    assert small == 0
+    if AXE.exists():
+        tab.add_script_tag(path=AXE)
+        found = tab.evaluate("async () => (await axe.run('figure')).violations")
+        assert [v["id"] for v in found] == []
 
 
 @pytest.fixture(scope="module")
