@@ -32,8 +32,7 @@ def attention(
     that broadcasts to (B, H, T, S), or a function of (b, h, i, j). Half precision is summed in
     float32.
     """
-    _check(q, k, scale)
-    _check_values(k, v)
+    check(q, k, v, scale)
     w = _weights(q, k, mask, bias, scale)
     return (w @ _per_query_head(v, q).to(w.dtype)).to(q.dtype)
 
@@ -116,6 +115,12 @@ def _bias(bias: Bias, B: int, H: int, T: int, S: int, q: Tensor) -> Tensor:
     if bias.isnan().any() or (bias == math.inf).any():
         raise ValueError("a bias may hold -inf, but neither NaN nor +inf")
     return bias
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+    """A ValueError that names what does not fit; every faster version asks this first."""
+    _check(q, k, scale)
+    _check_values(k, v)
 
 
 def _check(q: Tensor, k: Tensor, scale: float | None) -> None:
