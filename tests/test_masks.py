@@ -102,3 +102,51 @@ def test_bad_masks_are_refused_by_name(name, unchecked):
 def test_a_bare_tensor_is_not_a_mask(unchecked):
     with pytest.raises(TypeError, match="masks.dense"):
         masks.table(TABLE, B, H, T, T)
+
+
+BANDS = {
+    "full": masks.full,
+    "causal": masks.causal,
+    "window": masks.window(3),
+    "window of one": masks.window(1),
+    "padding": masks.padding(torch.tensor([5, 2])),
+    "padding beyond": masks.padding(torch.tensor([50, 60])),
+    "padding of nothing": masks.padding(torch.tensor([0, 0])),
+    "both": masks.both(masks.window(4), masks.padding(torch.tensor([5, 2]))),
+    "both, far apart": masks.both(masks.window(1), masks.padding(torch.tensor([1, 2]))),
+    "either": masks.either(masks.window(2), masks.padding(torch.tensor([1, 3]))),
+    "either, one of them empty": masks.either(masks.padding(torch.tensor([0, 0])), masks.causal),
+    "nested": masks.both(masks.either(masks.causal, masks.window(2)), masks.full),
+    "dense": masks.dense(TABLE[:, :, :1]),
+    "a predicate": lambda b, h, i, j: i == j,
+}
+
+
+@pytest.mark.parametrize("name", BANDS)
+@pytest.mark.parametrize("S", [1, 5, 9])
+def test_a_span_holds_all_keys_that_are_read_and_only_sure_ones_for_sure(name, S):
+    mask, T = BANDS[name], 7  # more queries than keys, too
+    if name == "dense" and S != 5:
+        return
+    for first in range(T):
+        for last in range(first, T):
+            table = masks.table(mask, B, H, T, S)[:, :, first : last + 1]
+            some, every = masks.span(mask, S - T + first, S - T + last, S)
+            read, sure = table.flatten(0, 2).any(0), table.flatten(0, 2).all(0)
+            assert set(read.nonzero().flatten().tolist()) <= set(some) <= set(range(S))
+            assert set(every) <= set(sure.nonzero().flatten().tolist())
+            if name in ("full", "causal", "window", "window of one", "padding"):
+                assert set(read.nonzero().flatten().tolist()) == set(some)
+                assert set(every) == set(sure.nonzero().flatten().tolist())
+
+
+def test_nothing_is_known_of_other_masks():
+    assert masks.span(lambda b, h, i, j: i == j, 3, 5, 9) == (range(9), range(0))
+    assert masks.span(masks.both(masks.causal, masks.dense(TABLE)), 3, 3, 9)[0] == range(4)
+
+
+def test_a_tile_of_pairs_is_part_of_the_table():
+    b, h, i, j = masks.indices(B, H, 5, 5)
+    for mask in SEVEN.values():
+        tile = masks.ask(mask, b, h, i[1:3], j[2:5]).expand(B, H, 2, 3)
+        assert torch.equal(tile, masks.table(mask, B, H, 5, 5)[:, :, 1:3, 2:5])

@@ -103,18 +103,26 @@ def _per_query_head(x: Tensor, q: Tensor) -> Tensor:
 
 def _bias(bias: Bias, B: int, H: int, T: int, S: int, q: Tensor) -> Tensor:
     if isinstance(bias, Tensor):
-        if bias.dtype != q.dtype:
-            raise ValueError(f"the bias must have the dtype of q, {q.dtype}, got {bias.dtype}")
-    else:
-        bias = bias(*masks.indices(B, H, T, S, q.device))
-        if not bias.dtype.is_floating_point:
-            raise ValueError(f"a bias is added to scores and must be floating, got {bias.dtype}")
+        check_bias(bias, B, H, T, S, q.dtype)
+        return bias
+    bias = bias(*masks.indices(B, H, T, S, q.device))
+    check_bias(bias, B, H, T, S)
+    return bias
+
+
+def check_bias(
+    bias: Tensor, B: int, H: int, T: int, S: int, dtype: torch.dtype | None = None
+) -> None:
+    """A ValueError where a bias, or one tile of it, cannot be added to scores of (B, H, T, S)."""
+    if dtype is not None and bias.dtype != dtype:
+        raise ValueError(f"the bias must have the dtype of q, {dtype}, got {bias.dtype}")
+    if not bias.dtype.is_floating_point:
+        raise ValueError(f"a bias is added to scores and must be floating, got {bias.dtype}")
     sizes = zip(bias.shape[::-1], (S, T, H, B), strict=False)
     if bias.ndim > 4 or any(have not in (1, want) for have, want in sizes):
         raise ValueError(f"bias {tuple(bias.shape)} does not broadcast to {B, H, T, S}")
-    if bias.isnan().any() or (bias == math.inf).any():
+    if bias.numel() and not bias.detach().amax() < math.inf:  # no comparison with NaN holds
         raise ValueError("a bias may hold -inf, but neither NaN nor +inf")
-    return bias
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:

@@ -37,6 +37,9 @@ class window:  # lower case: it is used where a function stands, `attention(q, k
     def __call__(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (j <= i) & (j > i - self.width)
 
+    def span(self, first: int, last: int, S: int) -> tuple[range, range]:
+        return _cut(first - self.width + 1, last + 1, S), _cut(last - self.width + 1, first + 1, S)
+
 
 @dataclass(frozen=True, eq=False)
 class padding:
@@ -64,6 +67,10 @@ class padding:
 
     def __call__(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return j < self.lengths[b]
+
+    def span(self, first: int, last: int, S: int) -> tuple[range, range]:
+        lengths = self.lengths.tolist() or [0]
+        return _cut(0, max(lengths), S), _cut(0, min(lengths), S)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +121,10 @@ class both:
     def __call__(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return self.one(b, h, i, j) & self.two(b, h, i, j)
 
+    def span(self, first: int, last: int, S: int) -> tuple[range, range]:
+        (a, x), (c, y) = (span(mask, first, last, S) for mask in (self.one, self.two))
+        return _meet(a, c), _meet(x, y)
+
 
 @dataclass(frozen=True)
 class either(both):
@@ -122,11 +133,22 @@ class either(both):
     def __call__(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return self.one(b, h, i, j) | self.two(b, h, i, j)
 
+    def span(self, first: int, last: int, S: int) -> tuple[range, range]:
+        (a, x), (c, y) = (span(mask, first, last, S) for mask in (self.one, self.two))
+        hull = range(min(a.start, c.start), max(a.stop, c.stop)) if a and c else a or c
+        return hull, max(x, y, key=len)
+
 
 def table(
     mask: Mask, B: int, H: int, T: int, S: int, device: torch.device | str | None = None
 ) -> Bool[Tensor, "B H T S"]:
     """The mask's answer about every pair. True = may read."""
+    check(mask, B, H, T, S)
+    return ask(mask, *indices(B, H, T, S, device)).expand(B, H, T, S)
+
+
+def check(mask: Mask, B: int, H: int, T: int, S: int) -> None:
+    """An error that says why this mask cannot be asked about (B, H, T, S)."""
     if not callable(mask):
         hint = "; wrap a bool tensor in masks.dense" if isinstance(mask, Tensor) else ""
         raise TypeError(
@@ -135,11 +157,37 @@ def table(
     if min(B, H, T, S) < 0:
         raise ValueError(f"sizes must not be negative, got (B, H, T, S) = {B, H, T, S}")
     _fit(mask, B, H, T, S)
-    answer = mask(*indices(B, H, T, S, device))
+
+
+def ask(mask: Mask, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """The mask's answer about some pairs, in a shape that broadcasts to theirs."""
+    answer = mask(b, h, i, j)
     if not isinstance(answer, Tensor) or answer.dtype != torch.bool:
         kind = answer.dtype if isinstance(answer, Tensor) else type(answer).__name__
         raise ValueError(f"a mask must answer with bools (True = may read), got {kind}")
-    return answer.expand(B, H, T, S)
+    return answer
+
+
+def span(mask: Mask, first: int, last: int, S: int) -> tuple[range, range]:
+    """Keys among which lie all that a query from first to last may read; keys they all may read.
+
+    Known without a question for masks that are bands. Any other mask: all keys, and none for sure.
+    """
+    if mask is full:
+        return range(S), range(S)
+    if mask is causal:
+        return _cut(0, last + 1, S), _cut(0, first + 1, S)
+    if hasattr(mask, "span"):
+        return mask.span(first, last, S)
+    return range(S), range(0)
+
+
+def _cut(start: int, stop: int, S: int) -> range:
+    return range(max(0, start), min(max(stop, 0), S))
+
+
+def _meet(x: range, y: range) -> range:
+    return range(max(x.start, y.start), min(x.stop, y.stop))
 
 
 def indices(
