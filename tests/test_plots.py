@@ -8,6 +8,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
 from heed import masks, plots
+from heed.roofline import H100, Machine
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +44,7 @@ ALL = {
     "lines": lambda: plots.lines([1, 2], {"a": [1, 2], "b": [3, 4]}, xlabel="x", ylabel="y"),
     "losses": lambda: plots.losses({"GPT": [2, 1.3], "none": [2, 1.6]}, floor=1.26),
     "bars": lambda: plots.bars({"one": 0.5, "two": 1.0}, ylabel="error"),
+    "roofline": lambda: plots.roofline(H100, {"a product": (2048, 7e14), "a sum": (1 / 6, 5e11)}),
 }
 
 
@@ -57,7 +59,7 @@ def test_a_figure_fits_its_page_and_can_be_read(name):
     assert drawn.x0 >= -0.05 and drawn.x1 <= ax.figure.get_size_inches()[0] + 0.05
 
 
-@pytest.mark.parametrize("name", ["lines", "losses", "bars"])
+@pytest.mark.parametrize("name", ["lines", "losses", "bars", "roofline"])
 def test_no_line_stands_at_the_top_or_on_the_right(name):
     spines = ALL[name]().spines
     assert not spines["top"].get_visible() and not spines["right"].get_visible()
@@ -72,6 +74,7 @@ def test_a_figure_can_be_drawn_into_axes_that_are_there(name):
         "lines": lambda ax: plots.lines([1], {"a": [1]}, xlabel="x", ylabel="y", ax=ax),
         "losses": lambda ax: plots.losses([1, 2], ax=ax),
         "bars": lambda ax: plots.bars({"a": 1}, ylabel="y", ax=ax),
+        "roofline": lambda ax: plots.roofline(H100, {}, ax=ax),
     }
     ax = plt.subplots()[1]
     assert calls[name.split()[-1]](ax) is ax
@@ -202,6 +205,29 @@ def test_bars_carry_their_numbers():
     assert ax.get_ylabel() == "error"
 
 
+def test_a_roofline_shows_both_limits_the_ridge_and_every_point():
+    points = {f"kernel {n}": (2.0**n, 3.0 * 2**n) for n in range(-3, 3)}
+    ax = plots.roofline(Machine("paper", 100, 10), points)
+    roof, ridge, *drawn = ax.lines
+    x, y = roof.get_data()
+    assert np.allclose(y, np.minimum(100, 10 * np.asarray(x))) and 10 in x
+    assert min(x) < 2**-3 and max(x) > 10
+    assert list(ridge.get_xdata()) == [10, 10]
+    for point, (x, y) in zip(drawn, points.values(), strict=True):
+        assert (list(point.get_xdata()), list(point.get_ydata())) == ([x], [y])
+    assert len({(p.get_color(), p.get_marker()) for p in drawn}) == 6
+    assert len({p.get_color() for p in drawn}) == len({p.get_marker() for p in drawn}) == 6
+    assert legend(ax) == ["roof of paper", "ridge at 10", *points]
+    assert ax.get_xscale() == ax.get_yscale() == "log"
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("FLOP per byte", "FLOP/s")
+
+
+def test_a_roofline_shows_points_above_its_roof_and_far_below():
+    ax = plots.roofline(Machine("paper", 100, 10), {"cached": (1, 400), "slow": (1, 0.5)})
+    low, high = ax.get_ylim()
+    assert low < 0.5 and high > 400
+
+
 def test_tensors_that_learn_and_half_precision_can_be_shown():
     y = torch.tensor([1.0, 2.0], requires_grad=True)
     ax = plots.lines(torch.tensor([1, 2]), {"a": y.bfloat16()}, xlabel="x", ylabel="y")
@@ -227,6 +253,10 @@ XY = {"xlabel": "x", "ylabel": "y"}
         (lambda: plots.losses([]), "no steps"),
         (lambda: plots.losses([1.0, np.nan]), "loss holds NaN"),
         (lambda: plots.bars({"a": np.nan}, ylabel="y"), "NaN"),
+        (lambda: plots.roofline(H100, {"a": (0, 1)}), "a must be .* above 0"),
+        (lambda: plots.roofline(H100, {"a": (1, -1)}), "a must be .* above 0"),
+        (lambda: plots.roofline(H100, {"a": (1, 2, 3)}), "a must be"),
+        (lambda: plots.roofline(H100, {"a": (1, np.inf)}), "a holds NaN or infinity"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_and_leaves_no_empty_figure(draw, said, unchecked):

@@ -11,7 +11,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter
 from torch import Tensor
+
+from heed.roofline import Machine
 
 Numbers = Any  # a tensor, an array or a list of numbers
 BLUE, VERMILION, GREEN, BLACK = "#0072B2", "#D55E00", "#009E73", "#000000"
@@ -170,6 +173,38 @@ def bars(
     drawn = ax.bar(list(heights), numbers, width=0.6, color=BLUE)
     ax.bar_label(drawn, [f"{x:.{digits}f}" for x in numbers], padding=2, fontsize=9)
     ax.set_ylabel(ylabel)
+    return ax
+
+
+def roofline(
+    machine: Machine, points: Mapping[str, tuple[float, float]], *, ax: Axes | None = None
+) -> Axes:
+    """The most FLOP/s for each FLOP per byte, and what was reached: a point for each name.
+
+    The flat roof ends at the left in the slope of the memory; a dotted line marks the ridge.
+    """
+    at = {name: _numbers(name, point, 1, None) for name, point in points.items()}
+    for name, point in at.items():
+        if len(point) != 2 or not (point > 0).all():
+            raise ValueError(f"{name} must be an intensity and a rate above 0, got {point}")
+    ridge, peak = float(machine.ridge), float(machine.flops)
+    xs = [ridge, *(x for x, _ in at.values())]
+    low, high = min(xs) / 4, max(xs) * 4
+    ax = ax or plt.subplots(figsize=(6.2, 3.6))[1]
+    roof = [float(machine.attainable(x)) for x in (low, ridge, high)]
+    ax.plot([low, ridge, high], roof, color=BLACK, label=f"roof of {machine.name}")
+    ax.axvline(ridge, color="#666666", linewidth=1, linestyle=":", label=f"ridge at {ridge:.3g}")
+    for n, (name, (x, y)) in enumerate(at.items()):
+        look = {**_look(n), "linestyle": "", "marker": MARKERS[n % len(MARKERS)]}
+        ax.plot([x], [y], **look, markersize=8, label=name)
+    ax.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="FLOP/s")
+    bottom = min([roof[0], *(y for _, y in at.values())])
+    ax.set(xlim=(low, high), ylim=(bottom / 2, 2 * max([peak, *(y for _, y in at.values())])))
+    ax.yaxis.set_major_formatter(EngFormatter())
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    labels = [f"roof of {machine.name}", f"ridge at {ridge:.3g}", *at]
+    columns = max(1, 70 // (max(map(len, labels)) + 9))
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns)
     return ax
 
 
