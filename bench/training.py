@@ -3,14 +3,18 @@
     python -m bench.training                 all four ways, about ten minutes on one thread
     python -m bench.training "float32 eager" one of them; the others in the file stay
 
+On a GPU `python -m bench.gpu` times the same step of GPT-2.
+
 A step is forward, backward and fused AdamW, of the same shape on the same batch. `limit` is one
 matrix product with the step's FLOPs: its ratio is the share of the machine's own rate that the
-baseline reaches. Compiled means torch.compile, which needs a C++ compiler.
+baseline reaches. Compiled means torch.compile, which needs a C++ compiler. The error is that of the
+logits before the first step, from a float64 copy of the model.
 
 B texts · T words · C width · D head width.
 """
 
 import argparse
+import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,14 +24,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench import record
-from bench.duel import duel, show
-from heed.gpt import GPT, GPTConfig, loss
+from bench.duel import duel, error, show
+from heed.gpt import GPT, GPTConfig, causal, loss
 
 RESULTS = Path(__file__).parent / "results/cpu/training.json"
 SHAPE = {"n_layers": 4, "d_model": 256, "n_heads": 4, "max_len": 256, "vocab_size": 512}
 SETTINGS = {"shape": SHAPE, "batch": 8, "optimizer": "fused AdamW", "threads": 1, "rounds": 11}
 WAYS = ("float32 eager", "float32 compiled", "bfloat16 eager", "bfloat16 compiled")
-Losing = Callable[[Tensor, Tensor], Tensor]
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: nn.Dropout) -> Tensor:
@@ -102,25 +105,49 @@ def step_flops(shape: dict[str, int], batch: int) -> int:
     return (6 * (12 * L * C**2 + V * C) + 6 * L * C * T) * batch * T
 
 
-def limit(flops: int, dtype: torch.dtype) -> Callable[[], object]:
-    """The same arithmetic as products of large square matrices: the best that there is."""
+def limit(flops: int, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
+    """The same arithmetic as products of large square matrices, and its exact FLOPs."""
     n = 1024
     a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
     times = max(1, round(flops / (2 * n**3)))
-    return lambda: [a @ b for _ in range(times)]
+    return lambda: [a @ b for _ in range(times)], times * 2 * n**3
 
 
-def step(model: nn.Module, way: str, ids: Tensor, targets: Tensor) -> Callable[[], object]:
-    """One training step as a function to be timed."""
+def prepare(model: nn.Module, way: str, device: str = "cpu") -> Callable[[Tensor], Tensor]:
+    """The forward pass: in a lower precision, compiled."""
     dtype, mode = way.split()
     forward = torch.compile(model) if mode == "compiled" else model
+
+    def run(ids: Tensor) -> Tensor:
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+            return forward(ids)
+
+    return run
+
+
+def logits_error(model: nn.Module, forward: Callable[[Tensor], Tensor], ids: Tensor) -> float:
+    """How far the first text's logits are from those of the same weights in float64."""
+    exact = copy.deepcopy(model).double()
+    for block in getattr(exact, "blocks", ()):
+        block.attn.attend = causal  # whatever attention the model has
+    with torch.no_grad():
+        right = exact(ids[:1])
+    return error(forward(ids)[:1].detach(), right)
+
+
+def step(
+    model: nn.Module,
+    forward: Callable[[Tensor], Tensor],
+    ids: Tensor,
+    targets: Tensor,
+    cost: Callable[[Tensor, Tensor], Tensor] = loss,
+) -> Callable[[], object]:
+    """One training step as a function to be timed."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
 
     def run() -> None:
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            logits = forward(ids)
-        loss(logits, targets).backward()
+        cost(forward(ids), targets).backward()
         optimizer.step()
 
     return run
@@ -130,15 +157,16 @@ def measure(way: str, shape: dict[str, int], batch: int, rounds: int) -> dict[st
     torch.manual_seed(0)
     data = torch.randint(shape["vocab_size"], (batch, shape["max_len"] + 1))
     ids, targets = data[:, :-1].contiguous(), data[:, 1:].contiguous()
-    cases = {name: step(model, way, ids, targets) for name, model in models(shape).items()}
+    cases, errors = {}, {}
+    for name, model in models(shape).items():
+        forward = prepare(model, way)
+        errors[name] = logits_error(model, forward, ids)
+        cases[name] = step(model, forward, ids, targets)
     flops = step_flops(shape, batch)
-    rows = duel(
-        cases | {"limit": limit(flops, getattr(torch, way.split()[0]))},
-        rounds=rounds,
-    )
+    best = limit(flops, getattr(torch, way.split()[0]))
+    rows = duel(cases, errors=errors, rounds=rounds, flops=flops, limit=best)
     for row in rows.values():
         row["tokens per second"] = ids.numel() / row["seconds"]
-        row["share of the limit"] = rows["limit"]["seconds"] / row["seconds"]
     return rows
 
 

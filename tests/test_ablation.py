@@ -102,7 +102,7 @@ def test_the_record_is_whole_and_says_how_it_was_made():
     want = {f"{name}, seed {seed}" for name in ablation.RUNS for seed in ablation.SEEDS}
     assert RECORD["runs"].keys() == want
     for run in RECORD["runs"].values():
-        assert run.keys() == {"date", "device", "versions", "seconds", "above", "losses"}
+        assert run.keys() >= {"date", "device", "versions", "seconds", "above", "losses"}
         assert len(run["losses"]) == 10 and all(map(math.isfinite, [run["above"], *run["losses"]]))
 
 

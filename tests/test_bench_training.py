@@ -46,7 +46,7 @@ def test_a_step_trains_whichever_the_peer(way):
     for model in training.models(TINY).values():
         with torch.no_grad():
             before = training.loss(model(ids), targets)
-        run = training.step(model, way, ids, targets)
+        run = training.step(model, training.prepare(model, way), ids, targets)
         for _ in range(20):
             run()
         with torch.no_grad():
@@ -63,14 +63,31 @@ def test_the_limit_does_the_flops_it_says():
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
-        training.limit(5 * 2**31, torch.float32)()
-    assert counter.get_total_flops() == 5 * 2**31
+        run, flops = training.limit(5 * 2**31 + 1, torch.float32)
+        run()
+    assert counter.get_total_flops() == flops == 5 * 2**31
+
+
+@pytest.mark.parametrize(
+    "way, low, high", [("float32 eager", 0, 1e-6), ("bfloat16 eager", 1e-3, 2e-2)]
+)
+def test_the_error_of_a_model_is_that_of_its_precision(way, low, high):
+    for name, model in training.models(TINY).items():
+        far = training.logits_error(model, training.prepare(model, way), torch.randint(11, (2, 7)))
+        assert low < far < high, name
+
+
+def test_a_wrong_attention_has_a_large_error():
+    model = training.ours(TINY, lambda q, k, v, dropout: v)
+    ids = torch.randint(11, (2, 7))
+    assert training.logits_error(model, training.prepare(model, "float32 eager"), ids) > 1e-3
 
 
 def test_a_measurement_names_all_cases():
     rows = training.measure("float32 eager", TINY, 2, 3)
     assert rows.keys() == {*training.models(TINY), "limit", "again"}
     assert all(row["ratio"] > 0 and row["tokens per second"] > 0 for row in rows.values())
+    assert all(0 < row["error"] < 1e-6 for name, row in rows.items() if name != "limit")
 
 
 def test_the_record_is_of_these_settings_and_complete():

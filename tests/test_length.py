@@ -93,7 +93,7 @@ def test_the_record_is_whole_and_says_how_it_was_made():
     assert len(length.SEEDS) >= 3
     assert RECORD["runs"].keys() == {f"{s}, seed {n}" for s in length.SCHEMES for n in length.SEEDS}
     for run in RECORD["runs"].values():
-        assert run.keys() == {"date", "device", "versions", "seconds", "curves"}
+        assert run.keys() >= {"date", "device", "versions", "seconds", "curves"}
         for curve in run["curves"].values():
             points = curve if isinstance(curve, list) else [curve]
             assert len(points) in (1, 4 * length.TIMES) and all(map(math.isfinite, points))
