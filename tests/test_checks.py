@@ -1,6 +1,7 @@
 """heed.checks: what a check says to right, wrong, broken and missing answers; and the grader."""
 
 import csv
+import inspect
 import json
 import subprocess
 import sys
@@ -226,6 +227,38 @@ def test_an_edit_must_name_words_that_stand_once_in_the_source():
     with pytest.raises(ValueError, match="'a' stands 2 times in divide"):
         checks.edited(divide, {"a": "y"})
     assert checks.edited(divide, {"a / b": "b / a"})(2, 4) == 2
+
+
+def test_edited_functions_keep_their_sources_apart():
+    minus, times = (checks.edited(divide, {"a / b": other}) for other in ("a - b", "a * b"))
+    assert inspect.getsource(minus).splitlines()[1] == "    return a - b"
+    assert inspect.getsource(times).splitlines()[1] == "    return a * b"
+
+
+def test_a_test_may_be_given_something_made_of_the_implementation():
+    bugs = (checks.Bug("turned", "a/b#1", "Which is divided by which?", {"a / b": "b / a"}),)
+
+    def halves(implementation):
+        assert implementation(1) == 0.5
+
+    task = checks.write_the_test(
+        "99.1", halves, divide, lambda a: a / 2, bugs, (), use=lambda f: lambda a: f(a, 2)
+    )
+    rng = torch.Generator()
+    for one in task.properties:
+        one.test(halves, rng)
+    with pytest.raises(Wrong, match="your test lets it pass"):
+        task.properties[2].test(lambda implementation: None, rng)
+
+
+def test_a_check_loads_no_other_chapter():
+    code = (
+        "import sys\n"
+        "from heed.checks import check\n"
+        "check('04.1', print)\n"
+        "assert not {'triton', 'heed.checks.ch05', 'heed.checks.ch22'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
 
 
 def test_the_table_holds_every_wrong_answer_and_links_every_bug():

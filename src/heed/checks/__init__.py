@@ -133,10 +133,12 @@ def tasks() -> dict[str, Task]:
 
 
 def find(task: str) -> Task:
-    known = tasks()
-    if task not in known:
-        raise ValueError(f"no task {task!r}; there are {', '.join(known)}")
-    return known[task]
+    chapter = "ch" + task.split(".")[0]
+    if chapter in {m.name for m in pkgutil.iter_modules(__path__)}:  # load no other chapter
+        for one in importlib.import_module(f"{__name__}.{chapter}").TASKS:
+            if one.id == task:
+                return one
+    raise ValueError(f"no task {task!r}; there are {', '.join(tasks())}")
 
 
 def write_the_test(
@@ -146,16 +148,23 @@ def write_the_test(
     second: Function,
     bugs: tuple[Bug, ...],
     mutants: tuple[Mutant, ...],
+    use: Callable[[Function], Function] = lambda f: f,
 ) -> Task:
-    """A task whose answer is a test: it accepts two right implementations and rejects every bug."""
+    """A task whose answer is a test: it accepts two right implementations and rejects every bug.
+
+    `use` makes what a test is given of `first`, with and without a bug: the launch of a kernel.
+    """
     accepts = "A right implementation fails your test: is a number in it wrong, or a limit tight?"
     again = (
         "It computes the same in another order, so the last digits differ. Compare with a limit."
     )
     properties = [
-        Property("accepts the reference", _accepts(first), accepts),
+        Property("accepts the reference", _accepts(use(first)), accepts),
         Property("accepts a second way to write it", _accepts(second), again),
-        *(Property(f"rejects: {b.name}", _rejects(edited(first, b.edits)), b.hint) for b in bugs),
+        *(
+            Property(f"rejects: {b.name}", _rejects(use(edited(first, b.edits))), b.hint)
+            for b in bugs
+        ),
     ]
     return Task(id, test, tuple(properties), mutants, bugs, first)
 
@@ -171,15 +180,22 @@ def mutants(chapter: str) -> dict[str, tuple[Mutant, ...]]:
 
 def edited(function: Function, edits: Edits) -> Function:
     """The same function with words of its source replaced; each must stand there exactly once."""
-    plain = inspect.unwrap(function)
+    plain = _plain(function)
     source = textwrap.dedent(inspect.getsource(plain))
     for old, new in edits.items():
         if source.count(old) != 1:
             raise ValueError(f"{old!r} stands {source.count(old)} times in {plain.__name__}")
         source = source.replace(old, new)
+    name = f"<mutant {zlib.crc32(source.encode()):08x} of {plain.__name__}>"
+    linecache.cache[name] = (len(source), None, source.splitlines(True), name)  # for inspect
     namespace = dict(plain.__globals__)
-    exec(compile(source, f"<mutant of {plain.__name__}>", "exec"), namespace)
+    exec(compile(source, name, "exec"), namespace)
     return namespace[plain.__name__]
+
+
+def _plain(function: Function) -> Function:
+    """The function that was written, below its decorators; a kernel of Triton keeps it as `fn`."""
+    return inspect.unwrap(getattr(function, "fn", function))
 
 
 def table() -> str:
@@ -210,7 +226,7 @@ def table() -> str:
 
 def _source(task: Task) -> list[str]:
     both = [f for f in (task.right, task.reference) if f is not None]
-    return "\n\n".join(inspect.getsource(inspect.unwrap(f)) for f in both).strip().split("\n")
+    return "\n\n".join(inspect.getsource(_plain(f)) for f in both).strip().split("\n")
 
 
 def _diff(edits: Edits) -> str:
@@ -244,7 +260,7 @@ def _watched(function: Function, is_test: bool) -> Function:
 def _where(error: Exception, function: Function) -> str:
     """Type, line and first line of the message: of the reader's code, nothing of ours."""
     words = (str(error).strip().splitlines() or [""])[0][:200]
-    space = getattr(inspect.unwrap(function), "__globals__", None)
+    space = getattr(_plain(function), "__globals__", None)
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         if space is not None and frame.f_globals is space:
             code = frame.f_code
