@@ -53,7 +53,7 @@ check: setup ## format, lint, types
 
 unit: setup ## the package's tests
 	@echo "== unit: the package"
-	$(BIN)/python -m pytest -m "not site"
+	$(BIN)/python -m pytest --numprocesses=auto -m "not site"
 
 pairs: setup ## texts and notebooks in step, outputs clean
 	@echo "== pairs: texts and notebooks"
