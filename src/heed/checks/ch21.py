@@ -480,11 +480,6 @@ def passes(f: Function, rng: Generator) -> None:
     _counts(f, (6, 10, 3, 2, 5), False, 6 * 3 + 3 * 2 * 10 * 3, 6 * 3 + 6)
 
 
-@prop("the width of a tile", "Keys in small blocks or in large ones: which count changes?")
-def any_width(f: Function, rng: Generator) -> None:
-    _counts(f, (6, 10, 3, 2, 1), False, 6 * 3 + 3 * 2 * 10 * 3, 6 * 3 + 6)
-
-
 @prop(
     "lengths that fill no tile", "The last block is smaller. Numbers that are not there are free."
 )
@@ -522,7 +517,7 @@ def causal_before(f: Function, rng: Generator) -> None:
 MOVED = Task(
     "21.6",
     moved,
-    (a_tile, passes, any_width, no_full_tile, causal_tiles, causal_ragged, causal_before),
+    (a_tile, passes, no_full_tile, causal_tiles, causal_ragged, causal_before),
     MUTANTS["21.6"],
 )
 
