@@ -121,6 +121,12 @@ def test_a_bias_that_is_a_tensor_is_added_and_gets_its_gradient(shape, block):
     assert_same(ours, out_and_gradients(by_formula, inputs, masks.causal))
 
 
+def test_a_bias_for_two_queries_and_two_keys_is_cut_into_tiles_of_one():
+    inputs = [*qkv(T=2, S=2), torch.randn(2, 2, dtype=f64, requires_grad=True)]
+    ours = out_and_gradients(attention, inputs, block=1)
+    assert_same(ours, out_and_gradients(by_formula, inputs))
+
+
 def test_the_gradient_of_an_expanded_or_transposed_bias_is_right():
     small, tall = (torch.randn(s, dtype=f64, requires_grad=True) for s in ((4, 1, 9), (9, 9, 4)))
     for make in (lambda: small.expand(4, 9, 9), lambda: tall.transpose(0, 2)):
