@@ -38,7 +38,8 @@ class window:  # lower case: it is used where a function stands, `attention(q, k
         return (j <= i) & (j > i - self.width)
 
     def span(self, first: int, last: int, S: int) -> tuple[range, range]:
-        return _cut(first - self.width + 1, last + 1, S), _cut(last - self.width + 1, first + 1, S)
+        some = _cut(first - self.width + 1, last + 1, S)
+        return some, _cut(last - self.width + 1, first + 1, S)
 
 
 @dataclass(frozen=True, eq=False)
