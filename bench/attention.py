@@ -20,7 +20,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -101,26 +101,26 @@ def first_line(problem: BaseException) -> str:
 
 def tried(
     cell: Cell, device: str, without: Collection[str], job: Callable[[Attend], Any]
-) -> Iterator[tuple[str, Any, str]]:
-    """For every case what the job makes of it, or None and the reason why it is left out."""
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What the job makes of every case, and the reasons for those that are left out."""
+    results, left_out = {}, {}
     for name, make in peers(device).items():
-        result, reason = None, ""
         try:
             most = LARGEST[device].get(name, cell.n)
             if name in without:
                 raise LeftOut("it broke the device in a cell before")
             if cell.n > most:
                 raise LeftOut(f"measured up to {most} positions")
-            result = job(make(cell, device))
+            results[name] = job(make(cell, device))
         except LeftOut as problem:
-            reason = str(problem)
+            left_out[name] = str(problem)
         except Exception as problem:  # a peer that this machine cannot run costs nobody else
-            reason = first_line(problem)
+            left_out[name] = first_line(problem)
         try:
             settle(device)
         except Broken as problem:
-            raise Broken(f"{name}: {reason or problem}") from problem
-        yield name, result, reason
+            raise Broken(f"{name}: {left_out.get(name, problem)}") from problem
+    return results, left_out
 
 
 def measure(
@@ -135,7 +135,6 @@ def measure(
     """A duel of all that can run this cell."""
     tensors = cell.tensors(device)
     right = exact(tensors, cell.causal)
-    cases, errors, left_out = {}, {}, {}
 
     def job(attend: Attend) -> tuple[Callable, float]:
         run = call(attend, cell, tensors)
@@ -144,11 +143,9 @@ def measure(
             raise LeftOut(f"wrong: its error is {far:.1e}")
         return run, far
 
-    for name, result, reason in tried(cell, device, without, job):
-        if reason:
-            left_out[name] = reason
-        else:
-            cases[name], errors[name] = result
+    found, left_out = tried(cell, device, without, job)
+    cases = {name: run for name, (run, _) in found.items()}
+    errors = {name: far for name, (_, far) in found.items()}
     rows = duel(cases, errors=errors, rounds=rounds, flops=cell.flops, limit=limit, timer=timer)
     kept = {"kind": "duel", **asdict(cell), "flops": cell.flops, "rounds": rounds}
     return kept | {"rows": rows, "left out": left_out}
@@ -156,16 +153,13 @@ def measure(
 
 def measure_memory(cell: Cell, device: str, without: Collection[str] = ()) -> dict[str, Any]:
     """The peak of every case; where there are gradients, over both passes."""
-    tensors, rows, left_out = cell.tensors(device), {}, {}
+    tensors = cell.tensors(device)
 
     def job(attend: Attend) -> int:
         return peak(call(attend, cell, tensors), device)
 
-    for name, result, reason in tried(cell, device, without, job):
-        if reason:
-            left_out[name] = reason
-        else:
-            rows[name] = {"peak": result}
+    peaks, left_out = tried(cell, device, without, job)
+    rows = {name: {"peak": most} for name, most in peaks.items()}
     kept = {"kind": "memory", **asdict(cell), "how": HOW[device]}
     return kept | {"rows": rows, "left out": left_out}
 

@@ -165,10 +165,8 @@ def main() -> int:
     if kernel.INTERPRETED:
         raise SystemExit("TRITON_INTERPRET is set: nothing would be compiled")
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # later versions warn without it
-    results, start = empty(), time.perf_counter()
-    known = json.loads(RESULTS.read_text("utf8")) if RESULTS.exists() else results
-    if known["settings"] == results["settings"]:
-        results["runs"] = known["runs"]  # an interrupted run goes on where it stopped
+    # An interrupted run goes on where it stopped.
+    results, start = record.load(RESULTS, empty()), time.perf_counter()
     bad = 0
     head()
     for entry in entries():
