@@ -209,34 +209,44 @@ def test_additive_attention_by_loops():
 
 
 Q, K, V = qkv()
-BAD = {
-    1: (lambda: attention(Q[0], K, V), r"q .*\(6, 5, 11\)"),
-    "1 flat": (lambda: attention(Q, K.flatten(), V), r"k .*\(462,\)"),
-    "1 five": (lambda: attention(Q, K, V[None]), r"v .*\(1, 2, 3, 7, 13\)"),
-    2: (lambda: attention(Q, K[:, :, :5], V), "5 keys but 7 values"),
-    3: (lambda: attention(Q[..., :9], K, V), "9 and 11"),
-    "3 zero": (lambda: attention(Q[..., :0], K[..., :0], V), "0 and 0"),
-    4: (lambda: attention(Q[:1], K, V), "batch 1.*batch 2"),
-    "4 v": (lambda: attention(Q, K, V[:1]), "batch 2.*batch 1"),
-    5: (lambda: attention(Q[:, :4], K, V), "4 query heads cannot share 3"),
-    "5 more": (lambda: attention(Q[:, :1], K, V), "1 query heads cannot share 3"),
-    6: (lambda: attention(Q, K, V[:, :1]), "3 key heads but 1 value"),
-    7: (lambda: attention(Q[:, :0], K, V), "0 query heads"),
-    8: (lambda: attention(Q.transpose(1, 2), K.transpose(1, 2), V.transpose(1, 2)), "heads"),
-    9: (lambda: attention(Q.float(), K, V), "float32 and torch.float64"),
-    "9 v": (lambda: attention(Q, K, V.float()), "float64 and torch.float32"),
-    10: (lambda: attention(Q.long(), K.long(), V.long()), "int64"),
-    "10 complex": (lambda: attention(Q + 0j, K + 0j, V + 0j), "complex128"),
-    11: (lambda: attention(Q, K.to("meta"), V), "cpu and meta"),
-    15: (lambda: attention(Q, K, V, bias=torch.zeros(5, 7)), "float64, got torch.float32"),
-    "15 wide": (lambda: attention(Q, K, V, bias=torch.zeros(5, 8, dtype=f64)), r"\(5, 8\)"),
+BAD = {  # of the formula and of its twins
+    1: (lambda attend: attend(Q[0], K, V), r"q .*\(6, 5, 11\)"),
+    "1 flat": (lambda attend: attend(Q, K.flatten(), V), r"k .*\(462,\)"),
+    "1 five": (lambda attend: attend(Q, K, V[None]), r"v .*\(1, 2, 3, 7, 13\)"),
+    2: (lambda attend: attend(Q, K[:, :, :5], V), "5 keys but 7 values"),
+    3: (lambda attend: attend(Q[..., :9], K, V), "9 and 11"),
+    "3 zero": (lambda attend: attend(Q[..., :0], K[..., :0], V), "0 and 0"),
+    4: (lambda attend: attend(Q[:1], K, V), "batch 1.*batch 2"),
+    "4 v": (lambda attend: attend(Q, K, V[:1]), "batch 2.*batch 1"),
+    5: (lambda attend: attend(Q[:, :4], K, V), "4 query heads cannot share 3"),
+    "5 more": (lambda attend: attend(Q[:, :1], K, V), "1 query heads cannot share 3"),
+    6: (lambda attend: attend(Q, K, V[:, :1]), "3 key heads but 1 value"),
+    7: (lambda attend: attend(Q[:, :0], K, V), "0 query heads"),
+    8: (lambda attend: attend(Q.transpose(1, 2), K.transpose(1, 2), V.transpose(1, 2)), "heads"),
+    9: (lambda attend: attend(Q.float(), K, V), "float32 and torch.float64"),
+    "9 v": (lambda attend: attend(Q, K, V.float()), "float64 and torch.float32"),
+    10: (lambda attend: attend(Q.long(), K.long(), V.long()), "int64"),
+    "10 complex": (lambda attend: attend(Q + 0j, K + 0j, V + 0j), "complex128"),
+    11: (lambda attend: attend(Q, K.to("meta"), V), "cpu and meta"),
+    13: (lambda attend: attend(Q, K, V, lambda b, h, i, j: j.int()), "int32"),
+    14: (lambda attend: attend(Q, K, V, masks.dense(torch.ones(5, 8).bool())), r"\(5, 8\)"),
+    "14 lengths": (lambda attend: attend(Q, K, V, masks.padding(torch.ones(3).int())), "3 lengths"),
+    15: (lambda attend: attend(Q, K, V, bias=torch.zeros(5, 7)), "float64, got torch.float32"),
+    "15 wide": (lambda attend: attend(Q, K, V, bias=torch.zeros(5, 8, dtype=f64)), r"\(5, 8\)"),
     "15 tall": (
-        lambda: attention(Q, K, V, bias=torch.zeros(1, 2, 6, 5, 7, dtype=f64)),
+        lambda attend: attend(Q, K, V, bias=torch.zeros(1, 2, 6, 5, 7, dtype=f64)),
         "broadcast",
     ),
-    16: (lambda: attention(Q, K, V, bias=torch.full((7,), math.nan, dtype=f64)), "NaN"),
-    "16 inf": (lambda: attention(Q, K, V, bias=torch.full((7,), math.inf, dtype=f64)), "inf"),
-    17: (lambda: attention(Q, K, V, scale=math.nan), "nan"),
+    "15 function": (lambda attend: attend(Q, K, V, bias=lambda b, h, i, j: j), "floating"),
+    16: (lambda attend: attend(Q, K, V, bias=torch.full((7,), math.nan, dtype=f64)), "NaN"),
+    "16 inf": (lambda attend: attend(Q, K, V, bias=torch.full((7,), math.inf, dtype=f64)), "inf"),
+    "16 function": (
+        lambda attend: attend(Q, K, V, bias=lambda b, h, i, j: (j * math.nan).double()),
+        "NaN",
+    ),
+    17: (lambda attend: attend(Q, K, V, scale=math.nan), "nan"),
+}
+OTHERS = {
     "17 inf": (lambda: weights(Q, K, scale=math.inf), "inf"),
     98: (lambda: additive(Q[0], K[0], V[0], Q[0, 0, 0]), "batches differ: 6, 3"),
     "98 rank": (lambda: additive(Q, K[0], V[0], Q[0, 0, 0]), "additive needs"),
@@ -251,6 +261,13 @@ BAD = {
 @pytest.mark.parametrize("number", BAD, ids=str)
 def test_bad_input_is_refused_by_name(number, unchecked):
     call, words = BAD[number]
+    with pytest.raises(ValueError, match=words):
+        call(attention)
+
+
+@pytest.mark.parametrize("number", OTHERS, ids=str)
+def test_bad_input_of_the_other_functions_is_refused_by_name(number, unchecked):
+    call, words = OTHERS[number]
     with pytest.raises(ValueError, match=words):
         call()
 
