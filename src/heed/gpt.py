@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+Keep = Callable[[Tensor, Tensor], tuple[Any, Any]] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +65,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
         self.out = nn.Linear(config.d_model, config.d_model)
 
-    def forward(
-        self, x: Float[Tensor, "B T C"], remember: Remember = None
-    ) -> Float[Tensor, "B T C"]:
+    def forward(self, x: Float[Tensor, "B T C"], keep: Keep = None) -> Float[Tensor, "B T C"]:
         B, T, C = x.shape
         heads = self.qkv(x).view(B, T, 3, self.n_heads, C // self.n_heads)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        if remember is not None:
-            k, v = remember(k, v)  # (B, H, S, D)
+        if keep is not None:
+            k, v = keep(k, v)  # (B, H, S, D)
         joined = self.attend(q, k, v, self.dropout).transpose(1, 2).reshape(B, T, C)
         return self.dropout(self.out(joined))
 
@@ -98,10 +96,8 @@ class Block(nn.Module):
         self.norm1, self.attn = nn.LayerNorm(config.d_model), Attention(config)
         self.norm2, self.mlp = nn.LayerNorm(config.d_model), MLP(config)
 
-    def forward(
-        self, x: Float[Tensor, "B T C"], remember: Remember = None
-    ) -> Float[Tensor, "B T C"]:
-        x = x + self.attn(self.norm1(x), remember)
+    def forward(self, x: Float[Tensor, "B T C"], keep: Keep = None) -> Float[Tensor, "B T C"]:
+        x = x + self.attn(self.norm1(x), keep)
         return x + self.mlp(self.norm2(x))
 
 
@@ -130,22 +126,22 @@ class GPT(nn.Module):
 
     def forward(self, ids: Int[Tensor, "B T"], *, cache: Any = None) -> Float[Tensor, "B T V"]:
         """Scores of every possible next token, after each position."""
-        start = 0 if cache is None else cache.length
-        self._check(ids, start)
-        places = torch.arange(start, start + ids.shape[1], device=ids.device)
+        places = self._places(ids, cache)
         x = self.dropout(self.tokens(ids) + self.positions(places))
         for layer, block in enumerate(self.blocks):
             x = block(x, None if cache is None else partial(cache.append, layer))
         return self.head(self.norm(x))
 
-    def _check(self, ids: Tensor, start: int) -> None:
+    def _places(self, ids: Tensor, cache: Any) -> Tensor:
         if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"ids must be integers (B, T), got {ids.dtype} {tuple(ids.shape)}")
-        c, end = self.config, start + ids.shape[1]
-        if end > c.max_len:
-            raise ValueError(f"{end} positions, but max_len is {c.max_len}")
+        c, n = self.config, ids.shape[1]
+        places = torch.arange(n, device=ids.device) if cache is None else cache.places(n)
+        if n and places.max() >= c.max_len:
+            raise ValueError(f"{places.max() + 1} positions, but max_len is {c.max_len}")
         if ids.numel() and not 0 <= ids.min() <= ids.max() < c.vocab_size:
             raise ValueError(f"ids {ids.min()} to {ids.max()}, but vocab_size is {c.vocab_size}")
+        return places
 
     def new_cache(self, batch_size: int, max_len: int | None = None) -> "Cache":
         return Cache(self, batch_size, self.config.max_len if max_len is None else max_len)
@@ -201,6 +197,10 @@ class Cache:
     @property
     def length(self) -> int:
         return self.filled[-1]
+
+    def places(self, n: int) -> Int[Tensor, " T"]:
+        """Where the next n tokens stand."""
+        return torch.arange(self.length, self.length + n, device=self.buffers[0].device)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write new keys and values behind the old ones; hand back all that are filled."""
