@@ -18,10 +18,14 @@ FLOORS = {
         set(),
     ),
     1: ({"attention", "layers"}, {0}),
-    2: ({"flash"}, {0, 1}),
-    3: ({"multihead", "blocks"}, {0, 1, 2}),
+    2: ({"flash", "cache"}, {0, 1}),
+    3: ({"multihead", "latent", "blocks"}, {0, 1, 2}),
     4: ({"gpt", "models"}, {0, 1, 2, 3}),
-    5: ({"generation", "training", "checkpoints", "interop", "tasks"}, {0, 1, 2, 3}),
+    5: (
+        {"generation", "speculative", "batching", "serving", "step"}
+        | {"training", "checkpoints", "interop", "tasks"},
+        {0, 1, 2, 3},
+    ),
     6: (
         {"plots", "notebook", "checks"}
         | {"interactive", "stepper", "reading", "drawing", "calculator"},
@@ -31,6 +35,11 @@ FLOORS = {
 BESIDES = {
     ("interop", "gpt"),
     ("interop", "models"),
+    ("flash", "cache"),
+    ("speculative", "generation"),
+    ("batching", "generation"),
+    ("serving", "batching"),
+    ("interop", "checkpoints"),
     ("training", "checkpoints"),
     ("counting", "families"),
     ("counting", "pieces"),
@@ -50,16 +59,26 @@ DOORS = {
     "IPython": {"notebook"},
     "safetensors": {"checkpoints"},
     "latex2mathml": {"interactive"},
-    "triton": {"flash_programs", "checks_ch22"},
+    "triton": {"flash_programs", "flash_decode_programs", "checks_ch22"},
 }
 
 # Tests of something that is not a file of the package.
-OTHER_TESTS = {"architecture", "book", "environment", "exercises", "site", "site_ext", "tolerance"}
+OTHER_TESTS = {
+    "architecture",
+    "book",
+    "environment",
+    "exercises",
+    "micro",
+    "site",
+    "site_ext",
+    "tolerance",
+}
 # Files of the package with a test that is not called after them.
 TESTED_ELSEWHERE = {
     r"checks_ch\d\d": "exercises",
     "checks_main": "checks",
     "checks_compare": "checks",
+    "flash_decode_programs": "flash_decode",
     "flash_programs": "flash_kernel",
 }
 
