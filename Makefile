@@ -62,12 +62,12 @@ pairs: setup ## texts and notebooks in step, outputs clean
 
 nbval: setup ## every notebook run again, its outputs compared
 	@echo "== nbval: every notebook runs again, outputs compared"
-	$(BIN)/python -m pytest $(NBVAL) chapters exercises/solutions
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile $(NBVAL) chapters exercises/solutions
 
 pages: setup ## the built site in headless Chromium
 	@echo "== pages: links, weight, accessibility, phones"
 	$(BIN)/python tools/check_site.py $(SITE)
-	$(BIN)/python -m pytest -m site
+	$(BIN)/python -m pytest --numprocesses=auto -m site
 
 wheel: setup ## a wheel that holds what src/heed holds
 	@echo "== wheel"
