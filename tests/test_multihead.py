@@ -128,6 +128,57 @@ def test_rotation_is_applied_to_queries_and_keys_with_positions_from_0_and_not_t
     torch.testing.assert_close(m(x, mask=masks.causal), want, rtol=0, atol=1e-12)
 
 
+def test_what_keep_hands_back_is_read_and_places_say_where_to_turn():
+    """The second half of a sequence, after a first half that is kept."""
+
+    def by_position(x, positions):
+        return x * (1 + positions.double())[:, None]
+
+    m, x, kept = layer(n_kv_heads=2, rotate=by_position), stream(), []
+
+    def keep(k, v):
+        kept.append((k, v))
+        return tuple(torch.cat(parts, dim=2) for parts in zip(*kept, strict=True))
+
+    want, places = m(x, mask=masks.causal), torch.arange(7)
+    for part in (slice(0, 4), slice(4, 5), slice(5, 7)):
+        got = m(x[:, part], mask=masks.causal, keep=keep, places=places[part])
+        torch.testing.assert_close(got, want[:, part], rtol=0, atol=1e-11)
+    assert [k.shape for k, _ in kept] == [(2, 2, 4, 5), (2, 2, 1, 5), (2, 2, 2, 5)]
+
+
+def test_places_alone_turn_and_keep_alone_keeps():
+    m = layer(rotate=lambda x, positions: x + positions.double()[:, None])
+    x = stream()
+    assert not torch.equal(m(x, places=torch.arange(7) * 2), m(x))
+    torch.testing.assert_close(m(x, places=torch.arange(7, dtype=torch.int32)), m(x))
+    seen = []
+    got = layer()(x, keep=lambda k, v: seen.append((k, v)) or (k[:, :, :0], v[:, :, :0]))
+    assert len(seen) == 1 and (got == 0).all()  # nothing came back: nothing is read
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"keep": lambda k, v: (k, v)}, "with a cache they do not start at 0"),
+        ({"places": torch.arange(6)}, r"places must be 7 integers, .* got torch.int64 \(6,\)"),
+        ({"places": torch.arange(7)[None]}, r"places must be 7 integers, .* \(1, 7\)"),
+        ({"places": torch.arange(7.0)}, "places must be 7 integers, .* got torch.float32"),
+    ],
+)
+def test_positions_that_would_be_guessed_are_refused(settings, words, unchecked):
+    with pytest.raises(ValueError, match=words):
+        layer(rotate=lambda x, positions: x)(stream(), **settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"keep": lambda k, v: (k, v)}, {"places": torch.arange(7)}], ids=["keep", "places"]
+)
+def test_a_memory_is_not_kept(settings):
+    with pytest.raises(ValueError, match="a memory does not grow"):
+        layer()(stream(), stream(), **settings)
+
+
 def test_without_positions_a_shuffled_sequence_gives_the_shuffled_answer():
     m, x, order = layer(), stream(), torch.tensor([3, 0, 6, 1, 5, 2, 4])
     torch.testing.assert_close(m(x[:, order]), m(x)[:, order], rtol=0, atol=1e-11)

@@ -10,9 +10,10 @@ G key-value heads · D width of a head.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from heed import masks
@@ -21,6 +22,7 @@ from heed.masks import Mask
 
 Attend = Callable[[Tensor, Tensor, Tensor, Mask], Tensor]
 Rotate = Callable[[Tensor, Tensor], Tensor]
+Keep = Callable[[Tensor, Tensor], tuple[Any, Any]]
 
 
 class MultiHeadAttention(nn.Module):
@@ -68,16 +70,39 @@ class MultiHeadAttention(nn.Module):
         memory: Float[Tensor, "B S C"] | None = None,
         *,
         mask: Mask = masks.full,
+        keep: Keep | None = None,
+        places: Int[Tensor, " T"] | None = None,
     ) -> Float[Tensor, "B T C"]:
-        """What each position of x reads from x itself, or from the memory if there is one."""
+        """What each position of x reads from x itself, or from the memory if there is one.
+
+        With a cache (chapter 23): `keep(k, v)` is its `append` for this layer, and `places` says
+        where x stands in its sequence, for `rotate`. Keys are turned once, before they are kept.
+        """
         self._check(x, memory)
+        places = self._places(x, memory, keep, places)
         source = x if memory is None else memory
         q, k, v = self._split(self.q(x)), self._split(self.k(source)), self._split(self.v(source))
         if self.rotate is not None:
-            places = torch.arange(x.shape[1], device=x.device)
             q, k = self._turned(q, self.rotate, places), self._turned(k, self.rotate, places)
+        if keep is not None:
+            k, v = keep(k, v)
         heads = self.attend(q, k, v, mask)  # (B, H, T, D)
         return self.out(heads.transpose(1, 2).flatten(2))
+
+    def _places(
+        self, x: Tensor, memory: Tensor | None, keep: Keep | None, places: Tensor | None
+    ) -> Tensor:
+        T = x.shape[1]
+        if memory is not None and not (keep is None and places is None):
+            raise ValueError("a memory does not grow: keep and places are for self-attention")
+        if places is None and keep is not None and self.rotate is not None:
+            raise ValueError("rotate needs the places of x: with a cache they do not start at 0")
+        if places is None:
+            return torch.arange(T, device=x.device)
+        if places.shape != (T,) or places.dtype not in (torch.int64, torch.int32):
+            got = f"{places.dtype} {tuple(places.shape)}"
+            raise ValueError(f"places must be {T} integers, one for each position, got {got}")
+        return places
 
     def _split(self, projected: Tensor) -> Tensor:
         """(B, T, H D) to (B, H, T, D): neighbouring channels belong to one head."""
