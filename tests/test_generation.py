@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from heed.generation import beam, filter_logits, generate, length_penalty
-from heed.gpt import GPT, GPTConfig
+from heed.cache.contiguous import Contiguous
+from heed.cache.paged import Paged, PagedKVCache
+from heed.cache.rolling import Rolling
+from heed.generation import attending, beam, filter_logits, generate, length_penalty, prefill
+from heed.gpt import GPT, Cache, GPTConfig, causal
 
 f64, inf = torch.float64, math.inf
 
@@ -367,6 +370,82 @@ def test_the_logits_of_a_padded_row_are_those_of_the_row_alone():
             torch.testing.assert_close(together[i][b, n - 1 + i], seen[i][0, -1], **close)
 
 
+@pytest.mark.parametrize("eos", [None, 5])
+@pytest.mark.parametrize(
+    "how", [{}, {"temperature": 2.0}, {"temperature": 1.5, "top_k": 9}], ids=str
+)
+def test_rows_of_different_length_say_the_same_with_and_without_caches(how, eos):
+    """The same draws too, the same logits to 1e-10, and each step reads one token a row."""
+
+    class Watched(GPT):
+        def forward(self, ids, *, cache=None):
+            logits = super().forward(ids, cache=cache)
+            seen.append((tuple(ids.shape), logits))
+            return logits
+
+    model, lengths, runs = tiny(), torch.tensor([4, 1, 7, 2]), []
+    model.__class__ = Watched
+    for use_cache in (True, False):
+        seen, call = [], {"lengths": lengths, "eos": eos, "generator": seeded(2), **how}
+        runs.append((generate(model, text(B=4), 12, use_cache=use_cache, **call), seen))
+    (with_caches, cached), (without, uncached) = runs
+    assert torch.equal(with_caches, without)
+    assert [shape for shape, _ in cached] == [(4, 7)] + (len(uncached) - 1) * [(4, 1)]
+    for n, ((_, a), (_, b)) in enumerate(zip(cached, uncached, strict=True)):
+        a = a[range(4), lengths - 1] if n == 0 else a[:, -1]
+        torch.testing.assert_close(a, b[range(4), lengths - 1 + n], rtol=0, atol=1e-10)
+
+
+def test_a_model_whose_attention_cannot_be_asked_row_by_row_rereads_and_is_right():
+    class Closed:
+        """A model with caches and without parts."""
+
+        def __init__(self):
+            self.model, self.config, self.caches = tiny(), tiny().config, 0
+
+        def __call__(self, ids, *, cache=None):
+            return self.model(ids, cache=cache)
+
+        def new_cache(self, *sizes):
+            self.caches += 1
+            return self.model.new_cache(*sizes)
+
+    model, lengths = Closed(), torch.tensor([4, 1, 7])
+    assert torch.equal(generate(model, text(), 9), generate(tiny(), text(), 9))
+    assert model.caches == 1
+    got = generate(model, text(), 9, lengths=lengths)
+    assert torch.equal(got, generate(tiny(), text(), 9, lengths=lengths))
+    assert model.caches == 1
+
+
+def test_attention_of_the_model_s_own_stays_its_own_in_rows_of_different_length():
+    """A window of three positions, say: the cached rows must not become causal over all."""
+
+    def window(q, k, v, dropout):
+        T, S = q.shape[2], k.shape[2]
+        i, j = torch.arange(S - T, S)[:, None], torch.arange(S)
+        scores = (q @ k.mT / math.sqrt(k.shape[3])).masked_fill((j > i) | (j <= i - 3), -inf)
+        return scores.softmax(-1) @ v
+
+    model, lengths = attending(tiny(), window), torch.tensor([4, 1, 7])
+    got = generate(model, text(), 9, lengths=lengths)
+    assert torch.equal(got, generate(model, text(), 9, lengths=lengths, use_cache=False))
+    assert not torch.equal(got, generate(tiny(), text(), 9, lengths=lengths))
+
+
+def test_what_stands_in_a_slot_that_nobody_has_filled_has_no_influence(monkeypatch):
+    def poisoned(self, *args):
+        keep(self, *args)
+        for buffer in self.buffers:
+            buffer.fill_(math.nan)
+
+    keep, lengths = Cache.__init__, torch.tensor([4, 1, 7])
+    want = [generate(tiny(), text(), 9, lengths=n) for n in (None, lengths)]
+    monkeypatch.setattr(Cache, "__init__", poisoned)
+    for n, expected in zip((None, lengths), want, strict=True):
+        assert torch.equal(generate(tiny(), text(), 9, lengths=n), expected)
+
+
 def test_lengths_that_are_all_full_change_nothing():
     model, ids = tiny(), text()
     assert torch.equal(
@@ -437,6 +516,201 @@ def test_a_prompt_that_cannot_be_is_refused(settings, said, unchecked):
     call = {"model": tiny(), "ids": text(), "n_new": 2}
     with pytest.raises(ValueError, match=said):
         generate(**call | settings)
+
+
+# Prompts read ahead
+
+
+class Counting(GPT):
+    """How many tokens it was given, in which portions."""
+
+    def forward(self, ids, *, cache=None):
+        self.read = [*getattr(self, "read", []), tuple(ids.shape)]
+        return super().forward(ids, cache=cache)
+
+
+def counting():
+    model = tiny()
+    model.__class__ = Counting
+    return model
+
+
+def own(model, B=3, room=23):
+    return Contiguous(2, B, 3, room, 11, dtype=f64)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 2, 3, 7, 100])
+@pytest.mark.parametrize("already", [0, 4])
+def test_a_prompt_is_read_in_any_portions_with_one_result(chunk, already):
+    model, ids = counting(), text(T=already + 7)
+    cache = model.new_cache(3, 20)
+    if already:
+        prefill(model, ids[:, :already], cache)
+    model.read = []
+    logits = prefill(model, ids[:, already:], cache, chunk=chunk)
+    torch.testing.assert_close(logits, tiny()(ids)[:, -1], rtol=0, atol=1e-10)
+    assert cache.length == already + 7 and not logits.requires_grad
+    sizes = [n for _, n in model.read]
+    assert sum(sizes) == 7 and all(n == (chunk or 7) for n in sizes[:-1])
+    new = torch.tensor([[3], [4], [5]])
+    torch.testing.assert_close(
+        model(new, cache=cache), tiny()(torch.cat([ids, new], 1))[:, -1:], rtol=0, atol=1e-10
+    )
+
+
+def test_the_model_reads_ahead_in_eval_mode():
+    model = tiny(dropout=0.5).train()
+    got = prefill(model, text(), own(model))
+    torch.testing.assert_close(got, tiny()(text())[:, -1], rtol=0, atol=1e-10)
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"chunk": 0}, "chunk must be a positive integer, got 0"),
+        ({"chunk": 2.0}, "got 2.0"),
+        ({"ids": text()[:, :0]}, r"\(3, 0\)"),
+        ({"ids": text()[0]}, r"\(7,\)"),
+        ({"ids": text().double()}, "float64"),
+        ({"ids": text() * torch.tensor([1, 1, 1, 1, 1, 1, 99])}, "vocab_size is 61"),
+        ({"ids": text(B=2)}, "2 rows|must be"),
+        ({"ids": text(T=22)}, "24 positions, but max_len is 23"),
+        ({"cache": "small"}, "up to|room|slots"),
+    ],
+)
+@pytest.mark.parametrize("kind", [Cache, Contiguous])
+def test_a_refused_reading_leaves_the_cache_as_it_was(kind, settings, said, unchecked):
+    model = tiny()
+    room = 5 if settings.get("cache") else 23
+    cache = model.new_cache(3, room) if kind is Cache else own(model, room=room)
+    ids = text(T=2, random_seed=8)
+    prefill(model, ids, cache)
+    call = {"ids": text(), "chunk": 2} | {k: v for k, v in settings.items() if k != "cache"}
+    with pytest.raises(ValueError, match=said):
+        prefill(model, cache=cache, **call)
+    assert cache.length == 2
+    new = torch.tensor([[3], [4], [5]])
+    torch.testing.assert_close(
+        model(new, cache=cache), model(torch.cat([ids, new], 1))[:, -1:], rtol=0, atol=1e-10
+    )
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_read():
+    model, cache = counting(), Rolling(2, 3, 3, 4, 11, dtype=f64)  # which could not be cut back
+    with pytest.raises(ValueError, match="24 positions, but max_len is 23"):
+        prefill(model, text(T=24), cache, chunk=5)
+    assert cache.length == 0 and not hasattr(model, "read")
+    prefill(model, text(T=20), cache, chunk=5)
+    with pytest.raises(ValueError, match="24 positions, but max_len is 23"):
+        prefill(model, text(T=4), cache, chunk=1)
+    assert cache.length == 20
+
+
+@pytest.mark.parametrize("kind", [Cache, Contiguous])
+def test_a_talk_goes_on_without_reading_its_past_again(kind):
+    model = counting()
+    cache = model.new_cache(3, 23) if kind is Cache else own(model)
+    first = generate(model, text(), 4, cache=cache)
+    assert cache.length == 10 and torch.equal(first, generate(tiny(), text(), 4))
+    answered = torch.cat([first, text(T=3, random_seed=9)], 1)
+    model.read = []
+    second = generate(model, answered, 5, cache=cache)
+    assert torch.equal(second, generate(tiny(), answered, 5))
+    assert model.read == [(3, 4), *4 * [(3, 1)]]
+    cache.truncate(6)  # back into the first question, for another answer to it
+    model.read, how = [], {"temperature": 2.0}
+    got = generate(model, text(), 4, cache=cache, generator=seeded(), **how)
+    assert torch.equal(got, generate(tiny(), text(), 4, generator=seeded(), **how))
+    assert model.read == 4 * [(3, 1)]
+
+
+def test_many_continuations_of_one_prompt_read_it_once():
+    model, ids = counting(), text(B=1, T=10)
+    pool = PagedKVCache(2, 3, 11, page_len=4, n_pages=20, dtype=f64)
+    root = pool.new()
+    prefill(model, ids[:, :-1], Paged(pool, [root]))
+    before, model.read = pool.free_pages, []
+    forks = Paged(pool, [pool.fork(root) for _ in range(5)])
+    how = {"temperature": 2.0, "generator": seeded()}
+    got = generate(model, ids.expand(5, 10), 6, cache=forks, **how)
+    how["generator"] = seeded()
+    assert torch.equal(got, generate(tiny(), ids.expand(5, 10), 6, **how))
+    assert len({tuple(row.tolist()) for row in got}) > 1
+    assert model.read == 6 * [(5, 1)]  # and nine tokens once, before
+    # 9 + 6 positions are four pages, two of which are shared.
+    assert pool.free_pages == before - 5 * 2
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"lengths": torch.tensor([7, 3, 2])}, "prompts of one length"),
+        ({"use_cache": False}, "goes with use_cache"),
+        ({"ids": text(T=2)}, "has read 2 tokens of a prompt of 2"),
+        ({"ids": text(T=1)}, "has read 2 tokens of a prompt of 1"),
+        ({"eos": 61}, "eos is 61"),
+        ({"n_new": 18}, "24 positions, but max_len is 23"),
+        ({"n_new": 9, "temperature": -1.0}, "temperature"),
+    ],
+)
+def test_a_refused_generation_leaves_the_cache_as_it_was(settings, said):
+    model = tiny()
+    cache = own(model)
+    prefill(model, text()[:, :2], cache)
+    with pytest.raises(ValueError, match=said):
+        generate(model, **{"ids": text(), "n_new": 4, "cache": cache} | settings)
+    assert cache.length == 2
+    got = generate(model, text(), 4, cache=cache)
+    assert torch.equal(got, generate(model, text(), 4))
+
+
+def test_a_cache_that_runs_full_is_cut_back_to_where_it_was():
+    model = tiny()
+    cache = own(model, room=8)
+    with pytest.raises(ValueError):
+        generate(model, text(), 4, cache=cache)
+    assert cache.length == 0 and cache.filled == [0, 0]
+    assert torch.equal(generate(model, text(), 2, cache=cache), generate(model, text(), 2))
+
+
+def test_a_rolling_cache_serves_a_model_with_a_window():
+    def window(q, k, v, dropout):
+        T, S = q.shape[2], k.shape[2]
+        i, j = torch.arange(S - T, S)[:, None], torch.arange(S)
+        scores = (q @ k.mT / math.sqrt(k.shape[3])).masked_fill((j > i) | (j <= i - 5), -inf)
+        return scores.softmax(-1) @ v
+
+    model, cache = attending(tiny(), window), Rolling(2, 3, 3, 5, 11, dtype=f64)
+    want = generate(model, text(), 12, use_cache=False)
+    assert torch.equal(generate(model, text(), 12, cache=cache), want)
+
+
+# Another attention
+
+
+def test_a_twin_attends_otherwise_and_the_model_does_not_notice():
+    model, ids = tiny(), text()
+    before = model(ids)
+
+    def plain(q, k, v, dropout):
+        scores = (q[..., None, :] * k[..., None, :, :]).sum(-1) / math.sqrt(k.shape[-1])
+        late = torch.ones(q.shape[2], k.shape[2]).triu(1 + k.shape[2] - q.shape[2]).bool()
+        return scores.masked_fill(late, -inf).softmax(-1) @ v
+
+    other = attending(model, plain)
+    torch.testing.assert_close(other(ids), before, rtol=0, atol=1e-10)
+    mean = attending(model, lambda q, k, v, dropout: v.mean(2, keepdim=True).expand_as(q))
+    assert (mean(ids) - before).abs().max() > 0.1
+    assert torch.equal(model(ids), before)
+    assert all(block.attn.attend is causal for block in model.blocks)
+    assert all(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert torch.equal(generate(other, ids, 9), generate(model, ids, 9))
+
+
+def test_a_model_without_a_door_for_another_attention_is_refused():
+    with pytest.raises(ValueError, match="no part of this Clock has an `attend`"):
+        attending(Clock(), causal)
 
 
 # Beam search

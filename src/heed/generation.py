@@ -5,12 +5,15 @@ N axes of any number and kind.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from heed.cache.ragged import Ragged, swappable, twin
 
 
 def filter_logits(
@@ -26,7 +29,7 @@ def filter_logits(
     share p of the probability; the token that crosses p is one of them (Holtzman et al. 2020).
     Of tokens with equal scores the first in the vocabulary counts as the likelier one.
     """
-    _check_filter(temperature, top_k, top_p)
+    check_filter(temperature, top_k, top_p)
     if not temperature:
         raise ValueError("temperature 0 takes the likeliest token: there is nothing to draw from")
     logits = logits / temperature
@@ -59,35 +62,46 @@ def generate(
     generator: torch.Generator | None = None,
     lengths: Int[Tensor, " B"] | None = None,
     use_cache: bool = True,
+    cache: Any = None,
 ) -> Int[Tensor, "B T+{n_new}"]:
     """The prompts and n_new tokens after each; temperature 0 takes the likeliest.
 
     A row that has said `eos` says nothing else: the rest of it is `eos`. With `lengths`, prompt b
     is the first lengths[b] tokens of its row, its new tokens follow these at once, and each row
-    comes out as if it were alone. Behind them stands padding: `eos`, or else the row's last id.
-    The model reads in eval mode, and is given back in the mode it came in.
+    comes out as if it were alone: no attention mask, no padding on the left. Behind a row stands
+    `eos`, or else the row's last id. The model reads in eval mode, and gets its own mode back.
+
+    `cache` has read the first `cache.length` tokens of every row, and these are not read again: a
+    turn of a talk goes on where the last one ended, and a prompt that sequences of a paged pool
+    share by `fork` is read once for all of them. It is left with all that was said but the last.
     """
-    _check_filter(temperature, top_k, top_p)
-    ends = _check_prompts(model, ids, n_new, lengths)
-    # Rows of one length can share a cache, rows of different lengths cannot. But a causal model
-    # never sees what is to its right, so these are read anew, padding and all, and stay exact.
-    cached = use_cache and lengths is None and hasattr(model, "new_cache")
-    cache = model.new_cache(len(ids), ids.shape[1] + n_new) if cached else None
+    check_filter(temperature, top_k, top_p)
+    ends = check_prompts(model, ids, n_new, lengths)
+    if cache is not None and (lengths is not None or not use_cache):
+        raise ValueError("a cache of your own goes with use_cache and prompts of one length")
+    if cache is not None and cache.length >= ids.shape[1]:
+        kept = f"the cache has read {cache.length} tokens"
+        raise ValueError(f"{kept} of a prompt of {ids.shape[1]}: the last one must be left to read")
+    given, ragged = cache, bool(ends.min() < ends.max())
+    if use_cache and cache is None and hasattr(model, "new_cache"):
+        if not ragged:
+            cache = model.new_cache(len(ids), int(ends[0]) + n_new)
+        elif swappable(model):
+            cache = Ragged([model.new_cache(1, n + n_new) for n in ends.tolist()], ends.tolist())
+            model = twin(model, cache.each)
     text = torch.cat([ids, ids[:, -1:].expand(-1, n_new)], dim=1)
     rows, places = torch.arange(len(ids), device=ids.device), torch.arange(text.shape[1]).to(ids)
     ended = torch.zeros_like(rows, dtype=torch.bool)
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    modes = {module: module.training for module in modules}
-    try:
-        for module in modes:
-            module.training = False
-        for _ in range(n_new):
-            if cache is not None:
-                logits = _read(model, text[:, cache.length : ends[0]], cache=cache)[:, -1]
-            else:
+    with reading(model, given):
+        for n in range(n_new):
+            if cache is None or (ragged and n == 0):
+                # A causal model never sees what is to its right: padding there has no influence.
                 padding = places[: ends.max()] >= ends[:, None]
-                logits = _read(model, text[:, : ends.max()].masked_fill(padding, 0))
-                logits = logits[rows, ends - 1]
+                known = text[:, : ends.max()].masked_fill(padding, 0)
+                logits = read(model, known, cache)[rows, ends - 1]
+            else:
+                unread = text[rows, ends - 1][:, None] if n else text[:, cache.length : ends[0]]
+                logits = read(model, unread, cache)[:, -1]
             if eos is not None and not 0 <= eos < logits.shape[-1]:
                 raise ValueError(f"eos is {eos}, but there are {logits.shape[-1]} words")
             new = _choose(logits, temperature, top_k, top_p, generator).to(ids.dtype)
@@ -96,10 +110,54 @@ def generate(
             ended |= new == eos
             if ended.all():
                 break
+    return text if eos is None else text.masked_fill(places >= ends[:, None], eos)
+
+
+@torch.no_grad()
+def prefill(
+    model: Any, ids: Int[Tensor, "B T"], cache: Any, *, chunk: int | None = None
+) -> Float[Tensor, "B V"]:
+    """Read ids into the cache, `chunk` tokens at a time or all at once; the next token's logits.
+
+    Chunks bound what attention keeps at once, and let others have their turn in between (Agrawal
+    et al. 2024); what comes back is the same. In eval mode, as `generate`.
+    """
+    check_prompts(model, ids, 1, None, cache.length)
+    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+        raise ValueError(f"chunk must be a positive integer, got {chunk!r}")
+    with reading(model, cache):
+        for part in ids.split(chunk or ids.shape[1], dim=1):
+            logits = read(model, part, cache)
+    return logits[:, -1]
+
+
+def attending(model: nn.Module, attend: Callable[..., Tensor]) -> Any:
+    """A twin that shares every weight with the model, and whose attention is `attend`.
+
+    `attend` takes what the model's own attention takes: (q, k, v, dropout) in `heed.gpt`, where q
+    are the newest of the positions of k, or whatever else a cache hands back instead of k and v.
+    The model itself does not change; its weights may, and then the twin's are these.
+    """
+    return twin(model, lambda _: attend)
+
+
+@contextmanager
+def reading(model: Any, cache: Any) -> Iterator[None]:
+    """Eval mode meanwhile. After a refused call the cache has read what it had read before."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    modes = {module: module.training for module in modules}
+    start = 0 if cache is None else cache.length
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    except ValueError:
+        if cache is not None:
+            cache.truncate(start)
+        raise
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return text if eos is None else text.masked_fill(places >= ends[:, None], eos)
 
 
 @torch.no_grad()
@@ -175,15 +233,15 @@ def _next(score: Any, ids: Tensor, rows: Tensor, eos: int | None) -> Tensor:
 
 
 def _check_beam(start: Tensor, n_new: int, width: int, alpha: float) -> None:
-    _check_prompts(None, start, n_new, None)
+    check_prompts(None, start, n_new, None)
     if not isinstance(width, int) or width < 1:
         raise ValueError(f"width must be a positive integer, got {width!r}")
     if not 0 <= alpha < math.inf:  # below 0 a longer text would be worse still: no bound holds
         raise ValueError(f"alpha must be 0 or more and finite, got {alpha}")
 
 
-def _read(model: Any, ids: Tensor, **cache: Any) -> Tensor:
-    logits = model(ids, **cache)
+def read(model: Any, ids: Tensor, cache: Any = None) -> Tensor:
+    logits = model(ids) if cache is None else model(ids, cache=cache)
     if logits.ndim != 3 or logits.shape[:2] != ids.shape:
         shapes = f"{tuple(ids.shape)} gave {tuple(logits.shape)}"
         raise ValueError(f"a model makes (B, T) into (B, T, V), but ids {shapes}")
@@ -204,7 +262,7 @@ def _choose(
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-def _check_filter(temperature: float, top_k: int | None, top_p: float | None) -> None:
+def check_filter(temperature: float, top_k: int | None, top_p: float | None) -> None:
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 or more and finite, got {temperature}")
     if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
@@ -213,7 +271,9 @@ def _check_filter(temperature: float, top_k: int | None, top_p: float | None) ->
         raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
 
 
-def _check_prompts(model: Any, ids: Tensor, n_new: int, lengths: Tensor | None) -> Tensor:
+def check_prompts(
+    model: Any, ids: Tensor, n_new: int, lengths: Tensor | None, kept: int = 0
+) -> Tensor:
     """Where each prompt ends, (B)."""
     if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"ids must be integers (B, T), got {ids.dtype} {tuple(ids.shape)}")
@@ -229,7 +289,7 @@ def _check_prompts(model: Any, ids: Tensor, n_new: int, lengths: Tensor | None) 
     elif not 1 <= lengths.min() <= lengths.max() <= ids.shape[1]:
         raise ValueError(f"lengths must lie in 1 to {ids.shape[1]}, got {lengths.tolist()}")
     room = getattr(getattr(model, "config", None), "max_len", math.inf)
-    need = int(lengths.max()) + n_new - 1  # the last new token is never read
+    need = kept + int(lengths.max()) + n_new - 1  # the last new token is never read
     if need > room:
         raise ValueError(f"{n_new} new tokens take {need} positions, but max_len is {room}")
     return lengths
