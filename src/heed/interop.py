@@ -1,15 +1,19 @@
-"""To and from published weights: GPT-2 as transformers 5 holds it in memory.
+"""To and from published weights: GPT-2 as transformers 5 holds it in memory; and our own small one.
 
-Nothing is read from disk here and transformers is not imported: `from_hf` takes the live model.
-Every setting is honoured, of no influence on the logits, or refused by name.
+transformers is not imported: `from_hf` takes the live model. Every setting is honoured, of no
+influence on the logits, or refused by name. The one file that is read is the package's own.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from heed.checkpoints import read_checkpoint, restore
 from heed.gpt import GPT, GPTConfig
+
+MICRO = Path(__file__).with_name("micro.safetensors")  # written by bench/micro.py
 
 # Settings whose other values mean another model. What stands here is what our GPT does.
 REQUIRED: dict[str, tuple[Any, ...]] = {
@@ -106,6 +110,18 @@ def to_hf(model: GPT) -> dict[str, Tensor]:
     ours = model.state_dict()
     theirs = {b: _copy(ours[a], turn) for b, a, turn in _names(model.config.n_layers)}
     return theirs | {"lm_head.weight": theirs["transformer.wte.weight"]}
+
+
+def micro() -> GPT:
+    """Two layers that have learned the Small English of `heed.tasks.grammar`; in eval mode.
+
+    The file lies beside this one. `bench/micro.py` trains it, in about a minute.
+    """
+    saved = read_checkpoint(MICRO)
+    with torch.random.fork_rng(devices=[]):  # what a new model draws is thrown away at once
+        model = GPT(GPTConfig(**saved.notes["config"]))
+    restore(saved, model)
+    return model.eval()
 
 
 def _names(n_layers: int) -> list[tuple[str, str, bool]]:
