@@ -1,6 +1,7 @@
 """The calculator: known counts, PyTorch's own count of random sizes, and fields that say no."""
 
 import re
+from fractions import Fraction
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from test_interactive import HTML, assert_readable, browser  # noqa: F401
 from torch import nn
 
 from heed import counting
-from heed.calculator import PRESETS, _config, calculator
+from heed.calculator import DEVICES, PRESETS, _config, calculator
+from heed.roofline import A100, H100, H200, Cost
 
 # Parameters, active, bytes of cache a token (16 bits): models built on PyTorch's meta device.
 KNOWN = {
@@ -148,8 +150,14 @@ def shown(tab):
         "[...document.querySelectorAll('dd')].map(d =>"
         " [d.firstChild.dataset.key, d.firstChild.textContent, d.lastChild.textContent])"
     )
-    numbers = {k: (float if k == "days" else int)(text.replace(",", "")) for k, text, _ in got}
+    rounded = {"days", "ratio", "least", "rate"}
+    numbers = {k: (float if k in rounded else int)(text.replace(",", "")) for k, text, _ in got}
     return numbers, {k: formula for k, _, formula in got}
+
+
+def choose(tab, machine):
+    (label,) = (f"{m.name}, {gb} GB" for m, gb in DEVICES.items() if m is machine)
+    tab.get_by_label("device", exact=True).select_option(label)
 
 
 def torchs(s):
@@ -180,6 +188,8 @@ def torchs(s):
     kept = min(T, s["window"]) if s["window"] else T
     cache = L * 2 * s["kv_heads"] * D * s["bytes"]
     token = 3 * forward // (s["batch"] * T)
+    tables = s["positions"] * C + (0 if s["tied"] else s["vocab"] * C)
+    unread = tables + L * (E - min(E, A * s["batch"])) * size(expert)
     return {
         "parameters": N,
         "rule": 12 * L * C * C + s["vocab"] * C,
@@ -195,15 +205,48 @@ def torchs(s):
         "adam": 12 * N,
         "training": 16 * N,
         "all": token * s["tokens"],
+        "step": s["batch"] * (2 * used + L * s["heads"] * 2 * (2 * kept * D)),
+        "moved": (N - unread) * s["bytes"] + cache * kept * s["batch"],
+    }
+
+
+def heeds(tab, s, machine):
+    """The same by the script, with all digits."""
+    text = {k: str(v) for k, v in s.items()}
+    device = [machine.name, DEVICES[machine], machine.flops / 1e12, machine.bandwidth / 1e12]
+    got = tab.evaluate(
+        """([text, device]) => {
+            const s = Object.fromEntries(Object.entries(text).map(([k, v]) => [k, BigInt(v)]));
+            const n = heedCalculator.count(s), one = heedCalculator.serve(s, n, device);
+            return [String(one.fit), String(one.even), one.ratio, 1000 * one.least, one.rate];
+        }""",
+        [text, device],
+    )
+    return dict(
+        zip(("fit", "even", "ratio", "least", "rate"), [*map(int, got[:2]), *got[2:]], strict=True)
+    )
+
+
+def serves(n, s, machine):
+    """What one machine serves, from the numbers n that `torchs` counts of the sizes s."""
+    room, even = 10**9 * DEVICES[machine] - n["weights"], Fraction(n["weights"], n["cache_token"])
+    cost = Cost(n["step"], n["moved"])
+    least = machine.seconds(cost)
+    return {
+        "fit": max(0, room // (n["cache"] // s["batch"])),
+        "even": int(even / s["batch"] + Fraction(1, 2)),  # to the nearest
+        "ratio": cost.intensity,
+        "least": 1000 * least,
+        "rate": s["batch"] / least,
     }
 
 
 def value(formula, s):
     """What a formula in letters comes to: "2BT(LC + VC)" with the sizes s."""
     names = dict(zip("LCHGDFVEASTB", LABELS_OF_LETTERS, strict=True))
-    spaced = re.sub(r"(?<=[\dA-Z²)])(?=[A-Z(])", "*", formula.replace("·", "*"))
+    spaced = re.sub(r"(?<=[\dA-Z²)])(?=[A-Z(])", "*", formula.replace("·", "*").replace(" × ", "*"))
     python = spaced.replace("²", "**2").replace("−", "-")
-    letters = {letter: s[name] for letter, name in names.items()}
+    letters = {letter: s[name] for letter, name in names.items()} | {"W": s["window"]}
     return eval(python, {"__builtins__": {}}, letters | {"N": s.get("N")})
 
 
@@ -228,6 +271,8 @@ def test_every_known_model_has_its_known_numbers(tab):
             assert (T, got["forward"]) == FORWARD[name]
         want = torchs(PRESETS[name] | TEXT)
         assert want == {k: got[k] for k in want}, name
+        want = serves(want, PRESETS[name] | TEXT, A100)
+        assert want == pytest.approx({k: got[k] for k in want}, rel=0.006), name
     assert tab.get_by_text(
         "1,073,741,824 bytes = 1 GiB"
     ).is_visible()  # Mixtral keeps all 8,192 tokens; Mistral, 4,096 of them:
@@ -275,12 +320,19 @@ def test_twenty_typed_models_cost_what_pytorch_counts_and_what_the_formulas_say(
         (got, formulas), want = shown(tab), torchs(s)
         assert {k: got[k] for k in want} == want, s
         assert value(formulas["parameters"], s) == want["parameters"], s
+        for machine in DEVICES:
+            again, serving = heeds(tab, s, machine), serves(want, s, machine)
+            assert again == pytest.approx(serving, rel=1e-12), (s, machine)
+        assert [again[k] for k in ("fit", "even")] == [serving[k] for k in ("fit", "even")]
         assert value(formulas["rule"].split(",")[0], s) == want["rule"]
         assert value(formulas["forward"].split(";")[0], s) == want["forward"], s
         if s["experts"] > s["active"]:
             assert value(formulas["active"], s | {"N": want["parameters"]}) == want["active"]
         per_number = value(formulas["cache_token"].split(" ×")[0], s)
         assert per_number * s["bytes"] == want["cache_token"]
+        assert value(formulas["step"].replace("window", "W").split(":")[0], s) == want["step"], s
+        read = value(formulas["moved"].split(" ×")[0], s | {"N": want["parameters"]})
+        assert read * s["bytes"] + want["cache"] == want["moved"], s
         beyond += want["forward"] > 2**53
     assert beyond > 10
 
@@ -290,13 +342,66 @@ def test_twenty_typed_models_cost_what_pytorch_counts_and_what_the_formulas_say(
 def test_days_follow_from_devices_their_speed_and_how_busy_they_are(tab):
     write(tab, {"devices": 16, "use": 38.5, "tokens": "2e12"})
     per_token = torchs(PRESETS["GPT-2 124M"] | TEXT)["token"]
-    for device, tflops in (("A100", 312), ("H100", 989)):
-        tab.get_by_label("device, 80 GB each").select_option(device)
+    for machine, tflops in ((A100, 312), (H200, 989), (H100, 989)):
+        choose(tab, machine)
         want = per_token * 2e12 / (16 * tflops * 1e12 * 0.385) / 86_400
         assert shown(tab)[0]["days"] == pytest.approx(want, rel=0.006)
     assert shown(tab)[1]["days"].startswith("FLOPs ÷ (16 × 989 × 10¹²")
     exact = tab.evaluate("heedCalculator.days(10n ** 24n, 1000n, 312, 40)")
     assert exact == pytest.approx(10**24 / (1000 * 312e12 * 0.4 * 86_400), rel=1e-14)
+
+
+@pytest.mark.site
+@ONE
+def test_a_cache_weighs_as_much_as_llama_at_known_lengths(tab):
+    tab.get_by_label("model", exact=True).select_option("Llama 3 8B")
+    for batch, length in ((1, 122_532), (16, 7_658), (64, 1_915)):
+        write(tab, {"batch": batch, "length": length})
+        got, _ = shown(tab)
+        assert got["even"] == length
+        assert got["cache"] == pytest.approx(got["weights"], rel=0.001)
+
+
+@pytest.mark.site
+@ONE
+def test_a_decode_step_is_bound_by_the_memory_until_many_short_texts_pass_the_ridge(tab):
+    tab.get_by_label("model", exact=True).select_option("Llama 3 8B")
+    choose(tab, H100)
+    got, formulas = shown(tab)
+    read = 2 * (8_030_261_248 - 128_256 * 4096) + 2**30  # half of the tables is not read
+    assert got["moved"] == read and got["least"] == pytest.approx(read / 3.35e9, rel=0.006)
+    assert got["rate"] == pytest.approx(3.35e12 / read, rel=0.006) and got["ratio"] < 2
+    assert got["fit"] == (80 * 10**9 - 16_060_522_496) // 2**30 == 59
+    assert formulas["least"] == "bytes ÷ 3.35 × 10¹² a second"
+    assert formulas["ratio"].startswith("FLOPs ÷ bytes; below the ridge, 295, ")
+    write(tab, {"batch": 4096, "length": 16})
+    got, formulas = shown(tab)
+    assert got["ratio"] > 295 and formulas["least"] == "FLOPs ÷ 989 × 10¹² a second"
+    assert got["least"] == pytest.approx(got["step"] / 989e9, rel=0.006)
+
+
+@pytest.mark.site
+@ONE
+def test_a_mixture_reads_as_many_experts_as_its_texts_can_visit(tab):
+    tab.get_by_label("model", exact=True).select_option("Mixtral 8x7B")
+    tables, cache, expert = 32_000 * 4096, 2**30, 32 * 3 * 4096 * 14_336
+    for batch, visited in ((1, 2), (3, 6), (4, 8), (5, 8)):
+        write(tab, {"batch": batch})
+        got, formulas = shown(tab)
+        idle = (8 - visited) * expert
+        assert got["moved"] == 2 * (46_702_792_704 - idle - tables) + batch * cache
+        said = {1: "are read", 3: "no two texts visit one expert"}.get(
+            batch, "all experts are visited"
+        )
+        assert formulas["moved"].endswith(said)
+    choose(tab, A100)
+    got, formulas = shown(tab)
+    assert got["fit"] == 0 and formulas["fit"] == "the weights alone need more than 80 GB"
+    tab.get_by_label("model", exact=True).select_option("Mistral 7B")
+    write(tab, {"batch": 1})
+    assert shown(tab)[1]["even"].endswith("; the window ends before")
+    write(tab, {"batch": 64})
+    assert shown(tab)[1]["even"] == "weights ÷ (B × the cache a token)"
 
 
 @pytest.mark.site
@@ -308,6 +413,8 @@ def test_memory_that_does_not_fit_is_said(tab):
     assert formulas["cache"].endswith("needs 2 devices of 80 GB")
     write(tab, {"devices": 14})
     assert shown(tab)[1]["training"].endswith("needs 14 devices of 80 GB")
+    choose(tab, H200)
+    assert shown(tab)[1]["training"].endswith("needs 8 devices of 141 GB")
 
 
 @pytest.mark.site

@@ -1,7 +1,8 @@
-"""What a model costs, typed in the page: parameters, FLOPs, bytes and days from the sizes.
+"""What a model costs, typed in the page: parameters, FLOPs, bytes, days and tokens a second.
 
 The arithmetic runs in the page, in whole numbers of any length. Without scripts a table of known
-models stands there, counted by `heed.counting`.
+models stands there, counted by `heed.counting`. A decode step reads every weight once and the
+cache of every text; the tables of tokens and positions give a row each, and are left out.
 
 L layers · C width · H query heads · G key-value heads · D width of a head · F feed-forward width ·
 V vocabulary · E experts, A of them active · S learned positions · T text length · B texts at once.
@@ -10,7 +11,7 @@ V vocabulary · E experts, A of them active · S learned positions · T text len
 from collections.abc import Mapping
 from types import SimpleNamespace
 
-from heed import counting
+from heed import counting, roofline
 from heed.interactive import Output, _json
 
 STYLE = """<style>
@@ -60,7 +61,7 @@ PRESETS = {
     for name, (sizes, kind) in MODELS.items()
 }
 BYTES = {4: "4: float32", 2: "2: bfloat16", 1: "1: 8 bits"}
-DEVICES = {"A100": 312, "H100": 989}  # dense bfloat16 TFLOP/s in the makers' sheets; 80 GB both
+DEVICES = {roofline.A100: 80, roofline.H100: 80, roofline.H200: 141}  # GB of memory
 
 # Key, kind and label of every field, and what stands in it at first.
 FORM = [
@@ -93,10 +94,13 @@ FORM = [
         ],
     ),
     (
+        "The device",
+        [("device", "list", "device", [f"{m.name}, {gb} GB" for m, gb in DEVICES.items()])],
+    ),
+    (
         "The training",
         [
             ("tokens", "text", "tokens to train on", "10,000,000,000"),
-            ("device", "list", "device, 80 GB each", list(DEVICES)),
             ("devices", "text", "devices", "8"),
             ("use", "text", "utilisation, %", "40"),
         ],
@@ -110,7 +114,10 @@ def calculator(*, title: str = "What does a model cost?") -> Output:
         "presets": list(PRESETS.values()),
         "parts": FORM,
         "bytes": list(BYTES),
-        "tflops": list(DEVICES.values()),
+        "devices": [
+            [m.name, gb, round(m.flops / 1e12, 3), round(m.bandwidth / 1e12, 3)]
+            for m, gb in DEVICES.items()
+        ],
     }
     return Output("calculator", title, _json(data), f"{STYLE}{_table()}")
 

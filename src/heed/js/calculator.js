@@ -1,5 +1,6 @@
 // mount(el, data): sizes in, costs out, each beside its formula. No kernel, no network.
-// data = {presets: [{layers, ...}], parts: [[legend, [[key, kind, label, start], ...]], ...], bytes, tflops}.
+// data = {presets: [{layers, ...}], parts: [[legend, [[key, kind, label, start], ...]], ...], bytes,
+// devices: [[name, GB, TFLOP/s, TB/s], ...]}.
 
 // s holds the sizes of a preset, batch, bytes and tokens. All are BigInt: whole numbers stay exact.
 function count(s) {
@@ -9,13 +10,26 @@ function count(s) {
   var wholeExpert = expert + b * ((1n + s.gated) * F + C);
   var layer = attention + b * (wide + 2n * kv + C) + s.experts * wholeExpert + router + (2n + 2n * b) * C;
   var N = L * layer + (2n - s.tied) * V * C + s.positions * C + (1n + b) * C;
-  var token = 2n * (L * (attention + s.active * expert + router) + V * C) + 4n * L * T * wide;
+  var matrices = 2n * (L * (attention + s.active * expert + router) + V * C), token = matrices + 4n * L * T * wide;
   var active = N - L * (s.experts - s.active) * wholeExpert, cache = 2n * L * kv * s.bytes;
+  var visited = s.active * s.batch < s.experts ? s.active * s.batch : s.experts;
+  var read = N - L * (s.experts - visited) * wholeExpert - ((1n - s.tied) * V + s.positions) * C;
   return {
     parameters: N, rule: 12n * L * C * C + V * C, active: active,
     forward: s.batch * T * token, token: 3n * token, six: 6n * active,
-    weights: N * s.bytes, cache_token: cache, cache: cache * seen * s.batch, all: 3n * token * s.tokens,
+    weights: N * s.bytes, cache_token: cache, text: cache * seen, cache: cache * seen * s.batch, all: 3n * token * s.tokens,
     trained_weights: 2n * N, gradients: 2n * N, adam: 12n * N, training: 16n * N,
+    step: s.batch * (matrices + 4n * L * seen * wide), moved: read * s.bytes + cache * seen * s.batch,
+  };
+}
+
+// What one device serves: device = [name, GB, TFLOP/s, TB/s].
+function serve(s, n, device) {
+  var room = BigInt(device[1]) * 10n ** 9n - n.weights, each = s.batch * n.cache_token;
+  var moving = Number(n.moved) / (device[3] * 1e12), computing = Number(n.step) / (device[2] * 1e12), least = Math.max(moving, computing);
+  return {
+    fit: room > 0n ? room / n.text : 0n, even: (2n * n.weights + each) / (2n * each),
+    ratio: Number(n.step) / Number(n.moved), memory: moving > computing, least: least, rate: Number(s.batch) / least,
   };
 }
 
@@ -56,7 +70,7 @@ function read(texts) {
 // The training's days; one device does tflops at its peak.
 function days(all, devices, tflops, use) { return Number(all) / (Number(devices) * tflops * 1e12 * use / 100 * 86400); }
 
-globalThis.heedCalculator = { count: count, read: read, days: days };
+globalThis.heedCalculator = { count: count, serve: serve, read: read, days: days };
 
 // Three digits and a word: 124 million, 9.22 × 10²², 12.6 GiB.
 function short(x, units) {
@@ -73,27 +87,29 @@ function short(x, units) {
 function inBytes(n) { return short(n, [" bytes", " KiB", " MiB", " GiB", " TiB"]); }
 function inTime(d) { return d < 1 ? short(24 * d, [" hours"]) : d < 1000 ? short(d, [" days"]) : short(d / 365.25, [" years"]); }
 
-// Name, key, exact value, formula; in four groups. s are the sizes, n is what `count` makes of them.
-function report(s, n, time, tflops, use) {
+// In five groups of one unit: name, key, value, formula, and a unit of its own. s are the sizes, n is what `count` makes of them.
+function report(s, n, time, device, use) {
   var matrices = "2CHD + 2CGD", expert = s.gated ? "3CF" : "2CF", many = s.experts > 1n;
   var full = expert + (s.biases ? (s.gated ? " + 2F + C" : " + F + C") : "");
   var layer = matrices + (s.biases ? " + HD + 2GD + C" : "") + " + " + (many ? "E(" + full + ") + CE" : full) + (s.biases ? " + 4C" : " + 2C");
   var ends = (s.tied ? "VC" : "2VC") + (s.positions ? " + SC" : "") + (s.biases ? " + 2C" : " + C");
   var off = 100 * (Number(n.rule) / Number(n.parameters) - 1);
   var width = s.bytes + (s.bytes > 1n ? " bytes" : " byte"), kept = s.window && s.window < s.length;
+  var gb = device[1] + " GB", one = serve(s, n, device), experts = many ? "A·" + expert + " + CE" : expert;
+  var tables = (s.tied ? "" : " − VC") + (s.positions ? " − SC" : ""), few = s.active * s.batch < s.experts ? " − L(E − AB)(" + full + ")" : "";
   function room(all) {
-    var least = (all + 79999999999n) / 80000000000n;
-    return "needs " + group(least) + (least > 1n ? " devices" : " device") + " of 80 GB" + (least > s.devices ? ", more than you have" : "");
+    var bytes = BigInt(device[1]) * 10n ** 9n, least = (all + bytes - 1n) / bytes;
+    return "needs " + group(least) + (least > 1n ? " devices" : " device") + " of " + gb + (least > s.devices ? ", more than you have" : "");
   }
-  return [["Size", [
+  return [["Size", "", [
     ["parameters, N", "parameters", n.parameters, "L(" + layer + ") + " + ends],
     ["rule of thumb", "rule", n.rule, "12LC² + VC, off by " + (off < 0 ? "−" : "+") + Math.abs(off).toFixed(2) + " %"],
     ["active parameters", "active", n.active, s.experts > s.active ? "N − L(E − A)(" + full + ")" : "every token meets all of them"],
-  ]], ["Work", [
-    ["FLOPs of a forward pass", "forward", n.forward, "2BT(L(" + matrices + " + " + (many ? "A·" + expert + " + CE" : expert) + ") + VC) + 4BT²LHD; all T² scores count"],
+  ]], ["Work", "", [
+    ["FLOPs of a forward pass", "forward", n.forward, "2BT(L(" + matrices + " + " + experts + ") + VC) + 4BT²LHD; all T² scores count"],
     ["FLOPs a trained token", "token", n.token, "3 × forward ÷ BT: the way back costs twice the way there"],
     ["rule of thumb", "six", n.six, "6 × active parameters; the exact count is " + (Number(n.token) / Number(n.six)).toFixed(3) + " times that"],
-  ]], ["Memory", [
+  ]], ["Memory", " bytes", [
     ["weights to run it", "weights", n.weights, "N × " + width],
     ["cache a token", "cache_token", n.cache_token, "2LGD × " + width],
     ["cache in all", "cache", n.cache, (kept ? "B × window, shorter than T," : "BT") + " × the cache a token; with the weights it " + room(n.weights + n.cache)],
@@ -101,9 +117,18 @@ function report(s, n, time, tflops, use) {
     ["gradients", "gradients", n.gradients, "2N, in 16 bits"],
     ["Adam", "adam", n.adam, "12N: a copy of the weights and two moments, 4 bytes each"],
     ["training in all", "training", n.training, "16N, activations come on top; " + room(n.training)],
-  ]], ["Time", [
+  ]], ["Serving with one " + device[0], "", [
+    ["texts that fit", "fit", one.fit, n.weights < BigInt(device[1]) * 10n ** 9n ? "(" + gb + " − weights) ÷ the cache of one text of T" : "the weights alone need more than " + gb],
+    ["cache as heavy as the weights", "even", one.even, "weights ÷ (B × the cache a token)" + (s.window && s.window < one.even ? "; the window ends before" : ""), " tokens a text"],
+    ["FLOPs of a decode step", "step", n.step, "2B(L(" + matrices + " + " + experts + ") + VC) + 4B" + (kept ? " × window × " : "T") + "LHD: one new token a text"],
+    ["bytes of a decode step", "moved", n.moved, "(N" + tables + few + ") × " + width + " + cache" + (tables ? "; of a table only rows are read" : "") +
+      (many && s.batch > 1n ? few ? "; no two texts visit one expert" : "; all experts are visited" : ""), " bytes"],
+    ["FLOPs a byte", "ratio", one.ratio, "FLOPs ÷ bytes; below the ridge, " + Math.round(device[2] / device[3]) + ", the memory limits, above it the arithmetic"],
+    ["a decode step takes at least", "least", 1000 * one.least, one.memory ? "bytes ÷ " + device[3] + " × 10¹² a second" : "FLOPs ÷ " + device[2] + " × 10¹² a second", " ms"],
+    ["tokens a second at most", "rate", one.rate, "B ÷ the time of a step"],
+  ]], ["Training", "", [
     ["FLOPs of the training", "all", n.all, "tokens × FLOPs a trained token"],
-    ["time", "days", time, "FLOPs ÷ (" + group(s.devices) + " × " + tflops + " × 10¹² a second × " + use + " % × 86,400 seconds)"],
+    ["time", "days", time, "FLOPs ÷ (" + group(s.devices) + " × " + device[2] + " × 10¹² a second × " + use + " % × 86,400 seconds)", " days"],
   ]]];
 }
 
@@ -173,23 +198,25 @@ function mount(el, data) {
     clearTimeout(timer);
     results.replaceChildren();
     if (first) { said.textContent = "No numbers until “" + first + "” is mended."; return; }
-    var n = count(s), tflops = data.tflops[inputs.device.value], time = days(n.all, s.devices, tflops, found.use);
-    report(s, n, time, tflops, found.use).forEach(function (part) {
+    var n = count(s), device = data.devices[inputs.device.value], time = days(n.all, s.devices, device[2], found.use);
+    report(s, n, time, device, found.use).forEach(function (part) {
       make("p", "ca-head", results, part[0]);
       var list = make("dl", "", results);
-      part[1].forEach(function (row) { show.apply(null, [list, part[0] === "Memory"].concat(row)); });
+      part[2].forEach(function (row) { show.apply(null, [list, part[1]].concat(row)); });
     });
     timer = setTimeout(function () { // once the typing rests
       said.textContent = short(n.parameters) + " parameters, " + inBytes(n.cache_token) + " of cache a token, " + inTime(time) + " of training.";
     }, said.textContent ? 500 : 0);
   }
-  function show(list, memory, name, key, value, formula) {
+  function show(list, unit, name, key, value, formula, own) {
     make("dt", "", list, name);
     var dd = make("dd", "", list), exact = typeof value === "bigint";
+    unit = own || unit;
     make("b", "", dd, exact ? group(value) : short(value, [""])).dataset.key = key;
-    if (memory) dd.append(" bytes" + (value >= 1024n ? " = " + inBytes(value) : ""));
-    else if (!exact) dd.append(" days" + (value < 1 || value >= 1000 ? " = " + inTime(value) : ""));
-    else if (value >= 1000n) dd.append(" ≈ " + short(value));
+    dd.append(unit);
+    if (unit === " bytes") dd.append(value >= 1024n ? " = " + inBytes(value) : "");
+    else if (unit === " days") dd.append(value < 1 || value >= 1000 ? " = " + inTime(value) : "");
+    else if (!unit && exact && value >= 1000n) dd.append(" ≈ " + short(value));
     make("span", "", dd, formula);
   }
   changed("model");
