@@ -104,7 +104,8 @@ class PagedKVCache:
         spans, copies = self.ledger.grow(layer, seqs, counts)
         for copy in copies:
             self._copy(copy)
-        index = torch.cat([self._slots(seq, span) for seq, span in zip(seqs, spans, strict=True)])
+        where = [n for seq, span in zip(seqs, spans, strict=True) for n in self._slots(seq, span)]
+        index = torch.tensor(where, dtype=torch.int64, device=self.device)
         self.keys[layer][:, index], self.values[layer][:, index] = k, v
 
     def read(self, seq: int, layer: int) -> tuple[Float[Tensor, "G S D"], Float[Tensor, "G S D"]]:
@@ -148,13 +149,10 @@ class PagedKVCache:
         check_layer(layer, self.n_layers)
         check_new(k, v, (self.n_kv_heads,), (self.d_head,) * 2, self.dtype, self.device)
 
-    def _slots(self, seq: int, span: range) -> Int[Tensor, " n"]:
+    def _slots(self, seq: int, span: range) -> list[int]:
         """Where these positions of a sequence stand."""
-        first = span.start // self.page_len
-        pages = torch.tensor(self.ledger.find(seq).pages[first:], dtype=torch.int64)
-        places = torch.arange(span.start, span.stop)
-        where = pages[places // self.page_len - first] * self.page_len + places % self.page_len
-        return where.to(self.device)
+        pages, n = self.ledger.find(seq).pages, self.page_len
+        return [pages[p // n] * n + p % n for p in span]
 
     def _copy(self, copy: Copy) -> None:
         for layer, n in enumerate(copy.filled):
@@ -266,4 +264,4 @@ def _gather(slots: Tensor, pages: Sequence[int], page_len: int, n: int) -> Tenso
     if list(used) == list(range(used[0], used[0] + len(used))):
         return slots[:, used[0] * page_len :][:, :n]
     index = torch.tensor(used, device=slots.device)
-    return slots.unflatten(1, (-1, page_len))[:, index].flatten(1, 2)[:, :n]
+    return slots.unflatten(1, (-1, page_len)).index_select(1, index).flatten(1, 2)[:, :n]

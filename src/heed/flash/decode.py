@@ -24,6 +24,7 @@ from heed.cache.paged import Pages
 
 LONG = 128  # slots side by side that are worth a product of their own; shorter runs are copied,
 TILE = 256  # so many slots at a time
+SHORT = 2**18  # bytes of keys and values that cost less to copy than a product of their own
 
 
 def attention(
@@ -89,15 +90,37 @@ def plain(
 ) -> Float[Tensor, "B H 1 Dv"]:
     """What `attention` gives, in PyTorch. Not split unless asked: one thread gains nothing.
 
-    Neighbouring pages are read as one view. Runs shorter than LONG slots are copied together.
+    Neighbouring pages are read as one view. Runs shorter than LONG slots are copied together, and
+    so are short sequences of about the same length.
     """
     scale = _check(q, k, v, scale, splits)
-    (B, H, _, D), G = q.shape, len(k.slots)
-    queries = q.contiguous().view(B, G, H // G, D)[:, None]
-    o = [q.new_empty(0, G, H // G, v.slots.shape[2])]
-    for q_b, row in zip(queries, _tables(k), strict=True):
-        o.append(_one(q_b, k, v, *row, scale, splits or 1))
-    return torch.cat(o).view(B, H, 1, v.slots.shape[2])
+    (B, H, _, D), G, Dv = q.shape, len(k.slots), v.slots.shape[2]
+    queries = q.contiguous().view(B, G, H // G, D)
+    o, tables = q.new_empty(B, G, H // G, Dv), list(_tables(k))
+    alike: dict[int, list[int]] = {}
+    for b, (_, n) in enumerate(tables):
+        short = splits is None and 0 < n * G * (D + Dv) * q.element_size() <= SHORT
+        alike.setdefault(n.bit_length() if short else -1 - b, []).append(b)
+    for rows in alike.values():
+        if len(rows) == 1:
+            o[rows] = _one(queries[rows], k, v, *tables[rows[0]], scale, splits or 1)
+        else:
+            o[rows] = _together(queries[rows], k, v, rows, scale)
+    return o.view(B, H, 1, Dv)
+
+
+def _together(
+    q: Tensor, k: Pages, v: Pages, rows: list[int], scale: float
+) -> Float[Tensor, "B G R Dv"]:
+    """Some sequences in one product. Behind the end of one stands its first position, masked."""
+    n, table, P = k.lengths[rows][:, None], k.table[rows], k.page_len
+    places = torch.arange(int(n.max()), device=q.device)
+    real = places < n
+    at = places.where(real, 0)
+    slots = table.gather(1, at // P) * P + at % P
+    k_, v_ = (x.slots.index_select(1, slots.flatten()).unflatten(1, slots.shape) for x in (k, v))
+    k_, v_ = k_.transpose(0, 1), v_.transpose(0, 1)
+    return F.scaled_dot_product_attention(q, k_, v_, real[:, None, None], scale=scale)
 
 
 def _one(
