@@ -75,6 +75,8 @@ def test_a_twin_shares_every_weight_and_has_attention_of_its_own():
     assert torch.equal(same(ids), before)
     one.tokens.weight.data += 1  # trained further
     assert torch.equal(same(ids), one(ids)) and not torch.equal(one(ids), before)
+    one.norm.weight = nn.Parameter(torch.full((10,), 2.0, dtype=f64))  # another one altogether
+    assert same.norm.weight is one.norm.weight and torch.equal(same(ids), one(ids))
     assert {id(m) for m in one.modules()}.isdisjoint(id(m) for m in two.modules())
 
 

@@ -74,3 +74,12 @@ def test_memory_does_not_grow_with_the_length_and_a_window_has_a_position():
 def test_mistral_7b_holds_at_most_512_mebibytes():
     cache = Rolling(32, 1, 8, 4096, 128, dtype=torch.float16, device="meta")
     assert cache.nbytes == 512 * 2**20
+
+
+def test_reading_nothing_brings_nothing_back():
+    cache = Rolling(1, 1, 1, 3, 1)
+    cache.append(0, *numbered(0, 5))
+    cache.truncate(4)
+    cache.append(0, *numbered(4, 4))
+    with pytest.raises(ValueError, match="needs position 1, and 2 is the oldest left"):
+        cache.truncate(3)

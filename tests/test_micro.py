@@ -267,6 +267,8 @@ def test_eight_bits_stay_within_their_bound_in_every_layer(model):
         (k, k_exact, k_step), (v, v_exact, v_step) = k, v
         assert ((k - k_exact).abs() <= k_step / 2 * (1 + 1e-9)).all()
         assert ((v - v_exact).abs() <= v_step / 2 * (1 + 1e-9)).all()
+        for x, step in ((k_exact, k_step), (v_exact, v_step)):  # no step is wider than it must be
+            assert step.max() <= x.abs().max() / 127 * (1 + 1e-9)
         got, want = causal(q, k, v, dropout), causal(q, k_exact, v_exact, dropout)
         e = (q.abs() @ k_step.mT).amax(-1, keepdim=True) / 2 / math.sqrt(D)
         bound = (2 * e).expm1() * v_exact.abs().amax((2, 3), keepdim=True)
