@@ -160,7 +160,7 @@ def test_every_file_has_a_test_of_its_name_and_every_test_a_file():
         for pattern, test in TESTED_ELSEWHERE.items()
         if re.fullmatch(pattern, stem)
     }
-    beside |= {f"bench_{stem}" for stem in beside & files}  # bench/training.py beside training.py
+    beside |= {f"bench_{stem}" for stem in beside}  # bench/training.py beside training.py
     assert tests - files - beside - OTHER_TESTS == set(), "tests of nothing"
     assert files - tests - elsewhere.keys() == set(), "files without a test"
     assert set(elsewhere.values()) <= tests
