@@ -465,3 +465,34 @@ def test_gpu_a_packed_row_and_two_runs_agree():
     row = torch.randn(1, 4, 32, 64, device=DEVICE, dtype=bf16)
     a, b = (decode.packed(row, *some) for _ in range(2))
     assert torch.equal(a, b) and a.isfinite().all()
+
+
+def test_a_long_stretch_of_a_packed_row_is_read_in_tiles(monkeypatch):
+    """Above PAIRS scores; both ways give the causal formula."""
+    pool = PagedKVCache(1, 2, 5, page_len=7, n_pages=40, dtype=torch.float64)
+    seq = pool.new()
+    k, v = torch.randn(2, 2, 150, 5, dtype=torch.float64)
+    pool.append(seq, 0, k, v)
+    q = torch.randn(1, 4, 143, 5, dtype=torch.float64)
+    pages = pool.pages(0, [seq], [143])
+    want = attention(q, k[None], v[None], masks.causal)
+    tiled = []
+    monkeypatch.setattr(decode.flash, "attention", lambda *x: (tiled.append(1), attention(*x))[1])
+    for pairs in (0, 143 * 150 - 1, 143 * 150):
+        monkeypatch.setattr(decode, "PAIRS", pairs)
+        assert torch.allclose(decode.packed(q, *pages), want, rtol=0, atol=1e-12)
+    assert len(tiled) == 2
+
+
+def test_short_texts_side_by_side_read_what_each_reads_alone(monkeypatch):
+    pool = PagedKVCache(1, 2, 5, page_len=3, n_pages=60, dtype=torch.float64)
+    seqs = [pool.new() for _ in range(9)]
+    for n, seq in zip((1, 4, 5, 7, 6, 16, 31, 2, 3), seqs, strict=True):
+        pool.append(seq, 0, *torch.randn(2, 2, n, 5, dtype=torch.float64))
+    q = torch.randn(9, 4, 1, 5, dtype=torch.float64)
+    pages = pool.pages(0, seqs, [1] * 9)
+    together = decode.plain(q, *pages)
+    monkeypatch.setattr(decode, "SHORT", 0)
+    assert torch.allclose(decode.plain(q, *pages), together, rtol=0, atol=1e-12)
+    alone = [attention(q[b : b + 1], *(x.read(b)[None] for x in pages)) for b in range(9)]
+    assert torch.allclose(together, torch.cat(alone), rtol=0, atol=1e-12)

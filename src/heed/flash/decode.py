@@ -24,6 +24,7 @@ from heed.cache.paged import Pages
 
 LONG = 128  # slots side by side that are worth a product of their own; shorter runs are copied,
 TILE = 256  # so many slots at a time
+PAIRS = 2**14  # scores that cost less than a loop over tiles
 SHORT = 2**18  # bytes of keys and values that cost less to copy than a product of their own
 
 
@@ -70,10 +71,17 @@ def packed(
     for b, (new, end) in enumerate(zip(counts, ends, strict=True)):
         if new > 1:
             mine = slice(end - new, end)
-            o[:, :, mine] = flash.attention(
-                q[:, :, mine], k.read(b)[None], v.read(b)[None], masks.causal
-            )
+            o[:, :, mine] = _stretch(q[:, :, mine], k.read(b)[None], v.read(b)[None])
     return o
+
+
+def _stretch(q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "1 H N Dv"]:
+    """The last positions of one sequence, causally. Few pairs fit into one product."""
+    T, S = q.shape[2], k.shape[2]
+    if T * S > PAIRS:
+        return flash.attention(q, k, v, masks.causal)
+    past = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return F.scaled_dot_product_attention(q, k, v, past, enable_gqa=q.shape[1] > k.shape[1])
 
 
 def _rows(x: Pages, rows: Tensor) -> Pages:
