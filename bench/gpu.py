@@ -30,8 +30,11 @@ import torch
 from bench import attention, record, training
 from bench.attention import Broken, first_line, matmul, settle
 from bench.duel import Timer, cuda, duel, error, show, wall
-from bench.peers import BACKWARD, BOTH, FORWARD, Cell, ours
-from heed.gpt import GPTConfig, loss
+from bench.peers import BACKWARD, BOTH, FORWARD, Cell, ours, paged
+from heed.attention import attention as formula
+from heed.flash import decode as flash_decode
+from heed.gpt import GPT, GPTConfig, loss
+from heed.step import Step
 
 GRACE = 10  # what a section may take above its own, to finish what it has begun
 KERNEL = "heed.flash.kernel"
@@ -39,10 +42,11 @@ KERNEL = "heed.flash.kernel"
 SECONDS = {
     "limits": 25,
     "compile": 45,
-    "tests": 95,
-    "attention": 175,
+    "tests": 85,
+    "attention": 150,
     "memory": 20,
-    "training": 100,
+    "training": 85,
+    "decode": 50,
 }
 EMPTY = {"settings": {"seconds": SECONDS}, "runs": {}}
 ATTENTION = {
@@ -52,6 +56,15 @@ ATTENTION = {
         "limit": "a product of two random 8192 x 8192 matrices in bfloat16",
         "clock": "CUDA events, L2 flushed before each call",
         "error": attention.EMPTY["settings"]["error"],
+    },
+    "runs": {},
+}
+DECODE = {
+    "settings": {
+        "prompt": 256,
+        "limit": "a copy of 2 GiB; share: bytes of the weights a second, over those it moves",
+        "clock": "perf_counter around the call and a synchronisation, as who waits for it sees it",
+        "error": "of the scores, from float64 on the same weights; of attention, from the formula",
     },
     "runs": {},
 }
@@ -310,6 +323,165 @@ def train(folder: Path, dry: bool, until: float, without: list[str]) -> dict[str
     return kept
 
 
+def waited(run: Callable[[], Any], where: str) -> Callable[[], Any]:
+    """A call, and the wait for what it has asked of the device."""
+
+    def call() -> Any:
+        with torch.no_grad():
+            made = run()
+        settle(where)
+        return made
+
+    return call
+
+
+def decoding(folder: Path, dry: bool, until: float, without: list[str]) -> dict[str, Any]:
+    """One new token of one text: does it come as fast as its weights can be read?"""
+    where, kept = device(dry), {"late": [], "failed": {}}
+    # Few wide layers: compiling costs by the layer, reading by the byte.
+    sizes = {"1.9 GB": (4, 4096), "7.7 GB": (8, 6144)} if not dry else {"tiny": (1, 64)}
+    for name, (n_layers, d_model) in sizes.items():
+        start = time.perf_counter()
+        if start > until - 20 and not dry:
+            kept["late"].append(name)
+            continue
+        try:
+            run = one_token(n_layers, d_model, dry)
+        except Exception as problem:
+            kept["failed"][name] = first_line(problem)
+            settle(where)
+            continue
+        show(f"decode, {name}", run["rows"])
+        record.add(folder / "decode.json", DECODE, f"token, {name}", start, run)
+        if where == "cuda":
+            torch.cuda.empty_cache()
+    for n in (40,) if dry else (4096, 16384):
+        start = time.perf_counter()
+        if start > until - 5:
+            kept["late"].append(f"pages, {n}")
+            continue
+        try:
+            run = paged_attention(n, dry)
+        except Exception as problem:
+            kept["failed"][f"pages, {n}"] = first_line(problem)
+            settle(where)
+            continue
+        show(f"decode, pages, {n} positions", run["rows"])
+        record.add(folder / "decode.json", DECODE, f"pages, {n}", start, run)
+    return kept
+
+
+def one_token(n_layers: int, d_model: int, dry: bool) -> dict[str, Any]:
+    """heed.gpt with its cache; heed.step as it is called, and replayed from a CUDA graph."""
+    where, dtype = device(dry), torch.float32 if dry else torch.bfloat16
+    n = 8 if dry else DECODE["settings"]["prompt"]
+    torch.manual_seed(0)
+    config = GPTConfig(
+        vocab_size=61 if dry else 32768,
+        max_len=2 * n,
+        n_layers=n_layers,
+        n_heads=d_model // 64,
+        d_model=d_model,
+    )
+    with torch.device(where):
+        model = GPT(config).to(dtype).eval()
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (1, n + 1), generator=draw).to(where)
+    text, new = ids[:, :-1], ids[:, -1:].contiguous()
+    cache = model.new_cache(1, n + 1)
+    step = Step(model, batch_size=1, max_len=n + 1, backend="eager" if dry else "inductor")
+    with torch.no_grad():
+        model(text, cache=cache)
+    step.prefill(text)
+
+    def eager() -> torch.Tensor:
+        cache.truncate(n)
+        return model(new, cache=cache)[:, -1]
+
+    def compiled() -> torch.Tensor:
+        step.truncate(n)
+        return step(new)
+
+    cases = {"heed.gpt with its cache": eager, "heed.step": compiled}
+    for run in cases.values():  # compiles
+        waited(run, where)()
+    if not dry:
+        graph, advance = torch.cuda.CUDAGraph(), step.advance
+        with torch.no_grad(), torch.cuda.graph(graph):
+            step.place.fill_(n)
+            scores = advance(new)
+
+        def replayed() -> torch.Tensor:
+            graph.replay()
+            return scores
+
+        cases["heed.step in a CUDA graph"] = replayed
+    with torch.no_grad():
+        right = model.double()(ids)[:, -1]
+    model.to(dtype)  # what was rounded once is rounded to the same
+    errors = {name: error(waited(run, where)(), right) for name, run in cases.items()}
+    x = torch.zeros(2**16 if dry else 2**30, dtype=dtype, device=where)
+    y = torch.empty_like(x)
+    outside = model.positions.weight.nbytes
+    n_bytes = sum(p.nbytes for p in model.parameters()) - outside
+    rows = duel(
+        {name: waited(run, where) for name, run in cases.items()},
+        errors=errors,
+        rounds=3 if dry else 15,
+        flops=n_bytes,
+        limit=(waited(lambda: y.copy_(x), where), 2 * x.nbytes),
+        timer=wall,
+    )
+    for row in rows.values():  # bytes stand where a duel counts FLOPs
+        row["bytes per second"] = row.pop("flops per second")
+    shape = {"n_layers": n_layers, "d_model": d_model, "vocab_size": config.vocab_size}
+    return {"kind": "token", "shape": shape, "bytes": n_bytes, "rows": rows}
+
+
+def paged_attention(n: int, dry: bool) -> dict[str, Any]:
+    """The kernel that reads pages where they stand, beside pages put together first."""
+    where, dtype = device(dry), torch.float32 if dry else torch.bfloat16
+    batch, n_kv_heads, n_heads, width = (2, 1, 2, 16) if dry else (8, 8, 32, 128)
+    draw = torch.Generator(where).manual_seed(0)
+    together = [
+        torch.randn(batch, n_kv_heads, n, width, generator=draw, device=where).to(dtype)
+        for _ in range(2)
+    ]
+    q = torch.randn(batch, n_heads, 1, width, generator=draw, device=where).to(dtype)
+    k, v = (paged(x, 16, scattered=True) for x in together)
+
+    def read() -> list[torch.Tensor]:
+        return [torch.stack([x.read(b) for b in range(batch)]) for x in (k, v)]
+
+    def gathered() -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, *read(), enable_gqa=True)
+
+    cases = {
+        "gathered, then sdpa": gathered,
+        "one stretch, sdpa": lambda: torch.nn.functional.scaled_dot_product_attention(
+            q, *together, enable_gqa=True
+        ),
+        "heed.flash.decode.kernel": lambda: flash_decode.kernel(q, k, v),
+    }
+    right = formula(q.double(), *(x.double() for x in together))
+    errors = {name: error(waited(run, where)(), right) for name, run in cases.items()}
+    x = torch.zeros(2**16 if dry else 2**30, dtype=dtype, device=where)
+    y = torch.empty_like(x)
+    n_bytes = sum(x.nbytes for x in together)
+    rows = duel(
+        {name: waited(run, where) for name, run in cases.items()},
+        errors=errors,
+        rounds=3 if dry else 15,
+        flops=n_bytes,
+        limit=(waited(lambda: y.copy_(x), where), 2 * x.nbytes),
+        timer=wall,
+    )
+    for row in rows.values():
+        row["bytes per second"] = row.pop("flops per second")
+    shape = {"batch": batch, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "d_head": width}
+    return {"kind": "pages", "n": n, **shape, "bytes": n_bytes, "rows": rows}
+
+
 RUN = {
     "limits": limits,
     "compile": compiling,
@@ -317,6 +489,7 @@ RUN = {
     "attention": attentions,
     "memory": memory,
     "training": train,
+    "decode": decoding,
 }
 
 
@@ -404,7 +577,7 @@ def table(folder: Path) -> list[str]:
     """What was measured, one line each."""
     found = {
         name: json.loads((folder / f"{name}.json").read_text("utf8"))["runs"]
-        for name in ("gpu", "attention", "training")
+        for name in ("gpu", "attention", "training", "decode")
         if (folder / f"{name}.json").exists()
     }
     own, lines = found.get("gpu", {}), []
@@ -434,6 +607,14 @@ def table(folder: Path) -> list[str]:
                 lines.append(
                     f"training  {way}  {row['tokens per second']:,.0f} tokens/s"
                     f"  {row['share of the limit']:.0%} of the limit  x {row['ratio']:.3f}"
+                    f"  error {row['error']:.1e}  {case}"
+                )
+    for name, run in found.get("decode", {}).items():
+        for case, row in run["rows"].items():
+            if case not in ("limit", "again"):
+                lines.append(
+                    f"decode    {name}  {row['bytes per second'] / 1e9:.0f} GB/s"
+                    f"  {row['share of the limit']:.0%} of the copy rate  x {row['ratio']:.3f}"
                     f"  error {row['error']:.1e}  {case}"
                 )
     for name, run in own.items():

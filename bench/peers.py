@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from heed import masks
+from heed.cache.paged import Pages
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward and backward"
@@ -58,6 +59,20 @@ class Cell:
             .requires_grad_(i < 3 and self.direction != FORWARD)
             for i in range(4)
         ]
+
+
+def paged(x: Tensor, page_len: int, scattered: bool) -> Pages:
+    """Keys or values (B, H, n, D) in pages: text behind text, or all pages shuffled."""
+    B, H, n, D = x.shape
+    each = -(-n // page_len)
+    draw = torch.Generator().manual_seed(n)
+    order = torch.randperm(B * each, generator=draw) if scattered else torch.arange(B * each)
+    table = order.view(B, each).to(x.device)
+    slots = x.new_empty(H, B * each * page_len, D)
+    places = table[:, :, None] * page_len + torch.arange(page_len, device=x.device)
+    slots[:, places.flatten(1)[:, :n]] = x.transpose(0, 1)
+    lengths = torch.full((B,), n, device=x.device)
+    return Pages(slots, table, lengths, page_len, torch.ones_like(lengths))
 
 
 class LeftOut(Exception):

@@ -45,7 +45,7 @@ def dry(tmp_path_factory):
 
 
 def state():
-    names = ("attention", "training", "gpu")
+    names = ("attention", "training", "decode", "gpu")
     files = [path for name in names for path in record.RESULTS.rglob(f"{name}.json")]
     return {path: path.stat().st_mtime_ns for path in files}
 
@@ -71,7 +71,8 @@ def test_everything_runs_dry_on_a_bare_machine_and_the_table_comes_last(dry):
     assert table == runs["table"]["lines"]
     first = [line.split()[0] for line in table]
     assert first[0] == "limits" and first[-1] == "took"
-    assert {"limits", "tests", "forward", "backward", "memory", "training", "took"} <= set(first)
+    parts = {"limits", "tests", "forward", "backward", "memory", "training", "decode", "took"}
+    assert parts <= set(first)
     assert not any(run.get("failed") or run.get("late") for run in runs.values())
 
 
@@ -88,6 +89,30 @@ def test_a_dry_run_times_the_kernel_beside_the_others_with_their_errors(dry):
     assert sum(run["kind"] == "memory" for run in runs.values()) == 2
     training = json.loads((out / "training.json").read_text("utf8"))["runs"]["float32 eager"]
     assert f"heed.gpt with {gpu.KERNEL}" in training["rows"]
+
+
+@pytest.mark.slow
+def test_a_dry_run_decodes_a_token_and_reads_pages_with_their_errors(dry):
+    _, out, _ = dry
+    runs = json.loads((out / "decode.json").read_text("utf8"))["runs"]
+    assert {run["kind"] for run in runs.values()} == {"token", "pages"}
+    ours = {"token": {"heed.gpt with its cache", "heed.step"}}
+    ours["pages"] = {"gathered, then sdpa", "one stretch, sdpa", "heed.flash.decode.kernel"}
+    for run in runs.values():
+        assert run["rows"].keys() == ours[run["kind"]] | {"limit", "again"}
+        for case, row in run["rows"].items():
+            assert row["error"] is None if case == "limit" else 0 < row["error"] < 1e-5
+            assert row["bytes per second"] > 0 and row["share of the limit"] > 0
+        assert run["rows"]["limit"]["share of the limit"] == pytest.approx(1)
+
+
+def test_a_token_reads_its_weights_in_the_time_that_is_measured():
+    run = gpu.one_token(1, 64, True)
+    weights = 12 * 64**2 + 13 * 64 + 2 * 64 + 61 * 64  # of a block, the last norm, the words
+    assert run["bytes"] == 4 * weights
+    for case, row in run["rows"].items():
+        moved = 2 * 4 * 2**16 if case == "limit" else run["bytes"]
+        assert row["bytes per second"] * row["seconds"] == pytest.approx(moved)
 
 
 @pytest.mark.slow
@@ -148,7 +173,7 @@ def test_after_a_dead_device_the_section_goes_on_without_the_case(tmp_path, monk
         ("attention", []),
         ("attention", [gpu.KERNEL]),
     ]
-    assert calls[-1] == ("training", [gpu.KERNEL])
+    assert calls[-1] == ("decode", [gpu.KERNEL])
 
 
 def test_a_section_in_a_process_of_its_own_leaves_its_run(tmp_path, monkeypatch):
