@@ -201,7 +201,7 @@ def steps(draft, n=700, n_draft=2, temperature=1.0, **filters):
         {"draft": Ngram(1)},
         {"draft": Ngram(2)},
     ],
-    ids=str,
+    ids=["alone", "one", "seven", "cold", "warm, top 3", "warm, top p", "last word", "last two"],
 )
 def test_words_come_as_often_as_the_model_alone_would_say_them(settings):
     statistic, df = steps(**{"draft": table(5, 1)} | settings)
