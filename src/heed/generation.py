@@ -102,9 +102,8 @@ def generate(
             else:
                 unread = text[rows, ends - 1][:, None] if n else text[:, cache.length : ends[0]]
                 logits = read(model, unread, cache)[:, -1]
-            if eos is not None and not 0 <= eos < logits.shape[-1]:
-                raise ValueError(f"eos is {eos}, but there are {logits.shape[-1]} words")
-            new = _choose(logits, temperature, top_k, top_p, generator).to(ids.dtype)
+            check_eos(eos, logits.shape[-1])
+            new = choose(logits, temperature, top_k, top_p, generator).to(ids.dtype)
             text[rows, ends] = new if eos is None else new.masked_fill(ended, eos)
             ends = ends + 1
             ended |= new == eos
@@ -227,8 +226,7 @@ def _next(score: Any, ids: Tensor, rows: Tensor, eos: int | None) -> Tensor:
     if logits.ndim != 2 or len(logits) != len(ids):
         shapes = f"{tuple(ids.shape)} gave {tuple(logits.shape)}"
         raise ValueError(f"a score makes (N, T) into (N, V), but ids {shapes}")
-    if eos is not None and not 0 <= eos < logits.shape[1]:
-        raise ValueError(f"eos is {eos}, but there are {logits.shape[1]} words")
+    check_eos(eos, logits.shape[1])
     return logits
 
 
@@ -248,7 +246,7 @@ def read(model: Any, ids: Tensor, cache: Any = None) -> Tensor:
     return logits
 
 
-def _choose(
+def choose(
     logits: Tensor,
     temperature: float,
     top_k: int | None,
@@ -260,6 +258,11 @@ def _choose(
     if temperature == 0:
         return logits.argmax(-1)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def check_eos(eos: int | None, n_words: int) -> None:
+    if eos is not None and not 0 <= eos < n_words:
+        raise ValueError(f"eos is {eos}, but there are {n_words} words")
 
 
 def check_filter(temperature: float, top_k: int | None, top_p: float | None) -> None:

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from heed.generation import check_filter, check_prompts, filter_logits, read, reading
+from heed.generation import check_eos, check_filter, check_prompts, filter_logits, read, reading
 
 
 class Counts(NamedTuple):
@@ -89,8 +89,7 @@ def speculate(
             n = min(n_draft, end - text.shape[1] - 1)
             guessed, q = (draft(text, n), []) if small is None else small.draw(text, n, generator)
             p = large.chances(torch.cat([text, guessed], dim=1), guessed.shape[1] + 1)
-            if eos is not None and not 0 <= eos < p.shape[1]:
-                raise ValueError(f"eos is {eos}, but there are {p.shape[1]} words")
+            check_eos(eos, p.shape[1])
             odds = torch.cat(q) if q else F.one_hot(guessed[0].long(), p.shape[1]).to(p)
             said = accept(p, odds, guessed[0], generator)
             passes, drafted = passes + 1, drafted + guessed.shape[1]

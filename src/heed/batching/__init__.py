@@ -5,7 +5,6 @@
 T tokens of a prompt · R requests that speak · V words.
 """
 
-import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 from heed.batching.scheduler import Job, Plan, Scheduler
 from heed.cache.paged import Packed, PagedKVCache
 from heed.flash import decode
-from heed.generation import attending, filter_logits
+from heed.generation import attending, check_eos, check_filter, choose
 
 __all__ = ["Engine", "Job", "Plan", "Scheduler"]
 
@@ -72,10 +71,8 @@ class Engine:
             raise ValueError(f"a prompt is integers (T,), got {ids.dtype} {tuple(ids.shape)}")
         if len(ids) and not 0 <= ids.min() <= ids.max() < V:
             raise ValueError(f"ids {ids.min()} to {ids.max()}, but vocab_size is {V}")
-        if eos is not None and not 0 <= eos < V:
-            raise ValueError(f"eos is {eos}, but there are {V} words")
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature must be 0 or more and finite, got {temperature}")
+        check_eos(eos, V)
+        check_filter(temperature, None, None)
         if temperature and random_seed is None:
             raise ValueError("who draws needs a random_seed: others draw in between")
         if isinstance(n_new, int) and len(ids) + n_new - 1 > room:
@@ -123,11 +120,10 @@ class Engine:
     def _say(self, jobs: Sequence[Job], logits: Float[Tensor, "R V"]) -> dict[Job, int]:
         if not jobs:
             return {}
-        logits = filter_logits(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-        said = dict(zip(jobs, logits.argmax(-1).tolist(), strict=True))
+        likeliest = choose(logits, 0.0, None, None, None)
+        said = dict(zip(jobs, likeliest.tolist(), strict=True))
         for job, row in zip(jobs, logits, strict=True):
             if job in self._draws:
                 temperature, generator = self._draws[job]
-                odds = filter_logits(row[None], temperature=temperature).softmax(-1)
-                said[job] = int(torch.multinomial(odds, 1, generator=generator))
+                said[job] = int(choose(row[None], temperature, None, None, generator))
         return said
