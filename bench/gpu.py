@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -340,35 +341,47 @@ def decoding(folder: Path, dry: bool, until: float, without: list[str]) -> dict[
     where, kept = device(dry), {"late": [], "failed": {}}
     # Few wide layers: compiling costs by the layer, reading by the byte.
     sizes = {"1.9 GB": (4, 4096), "7.7 GB": (8, 6144)} if not dry else {"tiny": (1, 64)}
+    todo: dict[str, tuple[int, Callable[[], dict[str, Any]]]] = {}  # with the seconds it takes
     for name, (n_layers, d_model) in sizes.items():
+        todo[f"token, {name}"] = 20, partial(one_token, n_layers, d_model, dry)
+    for n in (40,) if dry else (4096, 16384):
+        todo[f"pages, {n}"] = 5, partial(paged_attention, n, dry)
+    for name, (seconds, call) in todo.items():
         start = time.perf_counter()
-        if start > until - 20 and not dry:
+        if start > until - seconds and not dry:
             kept["late"].append(name)
             continue
         try:
-            run = one_token(n_layers, d_model, dry)
+            run = call()
         except Exception as problem:
             kept["failed"][name] = first_line(problem)
             settle(where)
             continue
         show(f"decode, {name}", run["rows"])
-        record.add(folder / "decode.json", DECODE, f"token, {name}", start, run)
+        record.add(folder / "decode.json", DECODE, name, start, run)
         if where == "cuda":
             torch.cuda.empty_cache()
-    for n in (40,) if dry else (4096, 16384):
-        start = time.perf_counter()
-        if start > until - 5:
-            kept["late"].append(f"pages, {n}")
-            continue
-        try:
-            run = paged_attention(n, dry)
-        except Exception as problem:
-            kept["failed"][f"pages, {n}"] = first_line(problem)
-            settle(where)
-            continue
-        show(f"decode, pages, {n} positions", run["rows"])
-        record.add(folder / "decode.json", DECODE, f"pages, {n}", start, run)
     return kept
+
+
+def beside_a_copy(
+    cases: dict[str, Callable[[], Any]], errors: dict[str, float], n_bytes: int, dry: bool
+) -> dict[str, dict[str, Any]]:
+    """A duel of cases that read n_bytes each, with a copy of 2 GiB as the limit."""
+    where = device(dry)
+    x = torch.zeros(2**18 if dry else 2**31, dtype=torch.int8, device=where)
+    y = torch.empty_like(x)
+    rows = duel(
+        {name: waited(run, where) for name, run in cases.items()},
+        errors=errors,
+        rounds=3 if dry else 15,
+        flops=n_bytes,
+        limit=(waited(lambda: y.copy_(x), where), 2 * x.nbytes),
+        timer=wall,
+    )
+    for row in rows.values():  # bytes stand where a duel counts FLOPs
+        row["bytes per second"] = row.pop("flops per second")
+    return rows
 
 
 def one_token(n_layers: int, d_model: int, dry: bool) -> dict[str, Any]:
@@ -420,20 +433,9 @@ def one_token(n_layers: int, d_model: int, dry: bool) -> dict[str, Any]:
         right = model.double()(ids)[:, -1]
     model.to(dtype)  # what was rounded once is rounded to the same
     errors = {name: error(waited(run, where)(), right) for name, run in cases.items()}
-    x = torch.zeros(2**16 if dry else 2**30, dtype=dtype, device=where)
-    y = torch.empty_like(x)
     outside = model.positions.weight.nbytes
     n_bytes = sum(p.nbytes for p in model.parameters()) - outside
-    rows = duel(
-        {name: waited(run, where) for name, run in cases.items()},
-        errors=errors,
-        rounds=3 if dry else 15,
-        flops=n_bytes,
-        limit=(waited(lambda: y.copy_(x), where), 2 * x.nbytes),
-        timer=wall,
-    )
-    for row in rows.values():  # bytes stand where a duel counts FLOPs
-        row["bytes per second"] = row.pop("flops per second")
+    rows = beside_a_copy(cases, errors, n_bytes, dry)
     shape = {"n_layers": n_layers, "d_model": d_model, "vocab_size": config.vocab_size}
     return {"kind": "token", "shape": shape, "bytes": n_bytes, "rows": rows}
 
@@ -465,19 +467,8 @@ def paged_attention(n: int, dry: bool) -> dict[str, Any]:
     }
     right = formula(q.double(), *(x.double() for x in together))
     errors = {name: error(waited(run, where)(), right) for name, run in cases.items()}
-    x = torch.zeros(2**16 if dry else 2**30, dtype=dtype, device=where)
-    y = torch.empty_like(x)
     n_bytes = sum(x.nbytes for x in together)
-    rows = duel(
-        {name: waited(run, where) for name, run in cases.items()},
-        errors=errors,
-        rounds=3 if dry else 15,
-        flops=n_bytes,
-        limit=(waited(lambda: y.copy_(x), where), 2 * x.nbytes),
-        timer=wall,
-    )
-    for row in rows.values():
-        row["bytes per second"] = row.pop("flops per second")
+    rows = beside_a_copy(cases, errors, n_bytes, dry)
     shape = {"batch": batch, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "d_head": width}
     return {"kind": "pages", "n": n, **shape, "bytes": n_bytes, "rows": rows}
 
