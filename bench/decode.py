@@ -333,9 +333,8 @@ def slopes(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
                     continue
                 n, seconds = zip(*points, strict=True)
                 kept = 2 * c["n_layers"] * c["d_model"]
-                moved = [weights / 2 if case == HALF else weights + batch * kept * x for x in n]
-                if case == HALF:
-                    moved = [weights / 2 + batch * kept * x for x in n]
+                stored = weights / 2 if case == HALF else weights
+                moved = [stored + batch * kept * x for x in n]
                 if case == NONE:
                     moved = [x * (weights + kept * x / 2) for x in n]
                 rows[case] = {"time": slope(n, seconds), "in theory": slope(n, moved), "from": n}

@@ -1,6 +1,6 @@
 """Requests of very different lengths, served three ways, and a simulator that foretells it (24).
 
-    python -m bench.serving            one thread, one minute and a half
+    python -m bench.serving            one thread, about ten minutes
     python -m bench.serving --quick    a tiny model, printed and not kept
 
 A GPT of 4 layers of 256 with random weights in float32 says greedy tokens. All prompts are equally
@@ -217,7 +217,7 @@ def measure_forecast(model: GPT, size: Size) -> dict[str, Any]:
             waits = [first - t for (first, _), t in zip(times, arrivals, strict=True)]
             pairs = {
                 "makespan": (max(end for _, end in times) - arrivals[0], told.makespan),
-                "time to first token": (mean(waits), mean(told.first_token)),
+                "time to first token": (statistics.mean(waits), statistics.mean(told.first_token)),
             }
             for what, pair in pairs.items():
                 found.setdefault((f"load {load}", what), []).append(pair)
@@ -264,10 +264,6 @@ def waves(n: int) -> list[range]:
     while ends[-1] < n:
         ends.append(min(n, 2 * ends[-1] + 1))
     return [range(a, b) for a, b in pairwise(ends)]
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 EMPTY = {
