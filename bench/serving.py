@@ -24,7 +24,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -198,22 +197,25 @@ def online(engine: Engine, todo: Work, arrivals: Sequence[float]) -> list[tuple[
 
 
 def measure_forecast(model: GPT, size: Size) -> dict[str, Any]:
-    """Latency fitted to one run, and others foretold by it: makespan, mean time to first token.
+    """Runs foretold by a Latency fitted to others: makespan, mean time to first token.
 
-    All of it some times over, because the machine has other things to do: medians are compared.
+    A machine is not as fast from one minute to the next. So steps are measured right before and
+    right after what they are to foretell, all of it some times over, and medians are compared.
     """
     before = orders(size, size.n // 2, 2)
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for _ in range(size.forecasts):
-        steps = measured(model, size, before)
-        latency = Latency.fit(steps)
-        rate = len(before.news) / sum(seconds for _, seconds in steps)  # of such requests a second
+        last = measured(model, size, before)
+        rate = len(before.news) / sum(seconds for _, seconds in last)  # of such requests a second
         for seed, load in enumerate(LOADS):
             todo = orders(size, size.n // 2, 3 + seed)
             arrivals = poisson(len(todo.news), load * rate, torch.Generator().manual_seed(seed))
+            times = online(Engine(model, **size.room), todo, arrivals)
+            steps, last = last, measured(model, size, before)
+            steps = steps + last
+            latency = Latency.fit(steps)
             asked = [Request(t, size.prompt, n) for t, n in zip(arrivals, todo.news, strict=True)]
             told = simulate(asked, "chunked", spread(latency, steps, seed), **size.room)
-            times = online(Engine(model, **size.room), todo, arrivals)
             waits = [first - t for (first, _), t in zip(times, arrivals, strict=True)]
             pairs = {
                 "makespan": (max(end for _, end in times) - arrivals[0], told.makespan),
@@ -249,21 +251,17 @@ def spread(
 
 
 def measured(model: GPT, size: Size, todo: Work) -> list[tuple[Load, float]]:
-    """What the steps of an engine read, and how long they took."""
-    engine, steps = Engine(model, **size.room), []
-    for wave in waves(len(todo.news)):
-        for i in wave:
-            engine.submit(todo.prompts[i], todo.news[i])
-        steps += measure(engine, time.process_time)
-    return steps
+    """What the steps of an engine read, and how long they took.
 
-
-def waves(n: int) -> list[range]:
-    """Twice as many each time: steps of few rows, and of many."""
-    ends = [0]
-    while ends[-1] < n:
-        ends.append(min(n, 2 * ends[-1] + 1))
-    return [range(a, b) for a, b in pairwise(ends)]
+    Requests come one by one, some steps apart: a prompt is read beside others that speak, as it is
+    in the runs to be foretold. All at once they would make fewer and fuller steps, and a prompt
+    would look cheaper than it is.
+    """
+    engine, steps, dice = Engine(model, **size.room), [], random.Random(0)
+    for ids, n in zip(todo.prompts, todo.news, strict=True):
+        engine.submit(ids, n)
+        steps += measure(engine, time.process_time, dice.randrange(8))
+    return steps + measure(engine, time.process_time)
 
 
 EMPTY = {

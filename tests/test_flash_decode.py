@@ -8,8 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 pytest.importorskip("triton", reason="Triton exists for Linux alone")
@@ -196,30 +194,6 @@ def test_tables_and_lengths_of_32_bits(twin):
     q, k, v, *_ = inputs([20, 40])
     short = [replace(x, table=x.table.int(), lengths=x.lengths.int()) for x in (k, v)]
     assert torch.equal(twin(q, *short), twin(q, k, v))
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_runs_cover_every_position_once_and_in_order(data):
-    page_len = data.draw(st.integers(1, 5))
-    pages = data.draw(st.permutations(range(data.draw(st.integers(1, 9)))))
-    stop = data.draw(st.integers(1, len(pages) * page_len))
-    start = data.draw(st.integers(0, stop - 1))
-    runs = decode._runs(list(pages), page_len, start, stop)
-    want = [pages[j // page_len] * page_len + j % page_len for j in range(start, stop)]
-    assert [slot for run in runs for slot in range(run.start, run.stop)] == want
-    assert all(a.stop != b.start for a, b in zip(runs, runs[1:], strict=False))
-
-
-def test_neighbours_are_read_as_views_and_short_runs_by_index():
-    draw = torch.Generator().manual_seed(0)
-    k = paged([torch.randn(1, 400, 8)], 16, draw, shuffled=False)
-    assert decode._pieces(k, list(range(25)), 0, 400) == [slice(0, 400)]
-    some = [*range(10, 18), *range(0, 20, 2)]  # 8 neighbours, then 10 apart
-    first, *others = decode._pieces(k, some, 0, 280)
-    assert first == slice(160, 288) and [len(x) for x in others] == [152]
-    view = decode._at(k.slots, first)
-    assert view.data_ptr() == k.slots[:, 160].data_ptr()
 
 
 def test_attention_takes_the_plain_twin_away_from_a_gpu(monkeypatch):

@@ -85,11 +85,11 @@ class Latency:
 
 
 def measure(
-    engine: Engine, clock: Callable[[], float] = time.perf_counter
+    engine: Engine, clock: Callable[[], float] = time.perf_counter, most: float = math.inf
 ) -> list[tuple[Load, float]]:
-    """Run an engine until all have ended: what each step read, and its seconds."""
-    steps = []
-    while engine.scheduler.waiting or engine.scheduler.running:
+    """Run an engine until all have ended, or `most` steps: what each read, and its seconds."""
+    steps: list[tuple[Load, float]] = []
+    while len(steps) < most and (engine.scheduler.waiting or engine.scheduler.running):
         start = clock()
         plan = engine.scheduler.plan()
         planned, what = clock() - start, load(plan)

@@ -246,7 +246,8 @@ class Packed(_View):
             raise ValueError(f"{n} tokens, but the counts are {self.counts}")
         starts = [self.pool.length(seq) for seq in self.seqs]
         spans = zip(starts, self.counts, strict=True)
-        return torch.cat([torch.arange(a, a + n, device=self.pool.device) for a, n in spans])
+        places = [p for a, n in spans for p in range(a, a + n)]
+        return torch.tensor(places, dtype=torch.int64, device=self.pool.device)
 
     def append(
         self, layer: int, k: Float[Tensor, "1 G N D"], v: Float[Tensor, "1 G N D"]

@@ -10,7 +10,6 @@ of them · S positions of a sequence · D width of a key.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 
@@ -22,8 +21,6 @@ from torch.nn import functional as F
 from heed import flash, masks
 from heed.cache.paged import Pages
 
-LONG = 128  # slots side by side that are worth a product of their own; shorter runs are copied,
-TILE = 256  # so many slots at a time
 PAIRS = 2**14  # scores that cost less than a loop over tiles
 SHORT = 2**18  # bytes of keys and values that cost less to copy than a product of their own
 
@@ -98,23 +95,28 @@ def plain(
 ) -> Float[Tensor, "B H 1 Dv"]:
     """What `attention` gives, in PyTorch. Not split unless asked: one thread gains nothing.
 
-    Neighbouring pages are read as one view. Runs shorter than LONG slots are copied together, and
-    so are short sequences of about the same length.
+    Neighbouring pages are read as one view, others are copied; short sequences of about the same
+    length are copied together.
     """
     scale = _check(q, k, v, scale, splits)
     (B, H, _, D), G, Dv = q.shape, len(k.slots), v.slots.shape[2]
     queries = q.contiguous().view(B, G, H // G, D)
-    o, tables = q.new_empty(B, G, H // G, Dv), list(_tables(k))
+    none = q.new_empty(0, G, H // G, Dv)
+    lengths, o = _lengths(k), [none] * B
     alike: dict[int, list[int]] = {}
-    for b, (_, n) in enumerate(tables):
+    for b, n in enumerate(lengths):
         short = splits is None and 0 < n * G * (D + Dv) * q.element_size() <= SHORT
         alike.setdefault(n.bit_length() if short else -1 - b, []).append(b)
     for rows in alike.values():
         if len(rows) == 1:
-            o[rows] = _one(queries[rows], k, v, *tables[rows[0]], scale, splits or 1)
+            b = rows[0]
+            k_, v_ = k.read(b)[None], v.read(b)[None]
+            o[b] = _one(queries[b : b + 1], k_, v_, scale, splits or 1)
         else:
-            o[rows] = _together(queries[rows], k, v, rows, scale)
-    return o.view(B, H, 1, Dv)
+            found = _together(queries[rows], k, v, rows, scale)
+            for b, row in zip(rows, found.split(1), strict=True):
+                o[b] = row
+    return torch.cat([none, *o]).view(B, H, 1, Dv)
 
 
 def _together(
@@ -131,75 +133,22 @@ def _together(
     return F.scaled_dot_product_attention(q, k_, v_, real[:, None, None], scale=scale)
 
 
-def _one(
-    q: Tensor, k: Pages, v: Pages, pages: list[int], n: int, scale: float, splits: int
-) -> Float[Tensor, "1 G R Dv"]:
-    """One sequence of n positions."""
+def _one(q: Tensor, k: Tensor, v: Tensor, scale: float, splits: int) -> Float[Tensor, "1 G R Dv"]:
+    """One sequence of n positions, k and v (1, G, n, D)."""
+    n = k.shape[2]
     if n == 0:
-        return q.new_zeros(*q.shape[:3], v.slots.shape[2])
-    cuts = [n * i // splits for i in range(splits + 1)]
-    parts = [_pieces(k, pages, *ends) for ends in pairwise(cuts) if ends[0] < ends[1]]
-    if len(parts) == len(parts[0]) == 1 and isinstance(parts[0][0], slice):
-        here = parts[0][0]  # one view: PyTorch's own attention
-        start, k_, v_ = here.start, k.slots[None], v.slots[None]
-        k_, v_ = k_.narrow(2, start, n), v_.narrow(2, start, n)
-        return F.scaled_dot_product_attention(q, k_, v_, scale=scale)
-    kind = torch.promote_types(q.dtype, torch.float32)
-    q_ = q[0].to(kind) * scale
-    o, lse = zip(*(_part(q_, k.slots, v.slots, pieces) for pieces in parts), strict=True)
+        return q.new_zeros(*q.shape[:3], v.shape[3])
+    if splits == 1:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    q_, k_, v_ = (x.to(torch.promote_types(q.dtype, torch.float32)) for x in (q, k, v))
+    o, lse = [], []
+    for start, stop in pairwise(n * i // splits for i in range(splits + 1)):
+        if start < stop:
+            s = q_ * scale @ k_[:, :, start:stop].mT
+            o.append(s.softmax(3) @ v_[:, :, start:stop])
+            lse.append(s.logsumexp(3, keepdim=True))
     share = torch.stack(lse).softmax(0)  # of each split in the whole sum
-    return (share[..., None] * torch.stack(o)).sum(0, keepdim=True).to(q.dtype)
-
-
-def _part(
-    q: Tensor, k: Tensor, v: Tensor, pieces: list[slice | Tensor]
-) -> tuple[Float[Tensor, "G R Dv"], Float[Tensor, "G R"]]:
-    """o and log-sum-exp of one split, which stands in some pieces."""
-    s = [q @ _at(k, here).to(q.dtype).mT for here in pieces]
-    whole = torch.cat(s, dim=2)
-    p = whole.softmax(2).split([x.shape[2] for x in s], dim=2)
-    o = p[0] @ _at(v, pieces[0]).to(q.dtype)
-    for p_j, here in zip(p[1:], pieces[1:], strict=True):
-        o.baddbmm_(p_j, _at(v, here).to(q.dtype))
-    return o, whole.logsumexp(2)
-
-
-def _pieces(k: Pages, pages: list[int], start: int, stop: int) -> list[slice | Tensor]:
-    """The slots of the positions from start to stop: long runs as slices, all others by index.
-
-    Softmax asks for no order, so that short runs may stand together behind the long ones.
-    """
-    runs = _runs(pages, k.page_len, start, stop)
-    if len(runs) == 1:
-        return [*runs]
-    short = [run for run in runs if run.stop - run.start < LONG]
-    pieces: list[slice | Tensor] = [run for run in runs if run.stop - run.start >= LONG]
-    if short:
-        device = k.slots.device
-        slots = torch.cat([torch.arange(run.start, run.stop, device=device) for run in short])
-        pieces += slots.split(TILE)
-    return pieces
-
-
-def _runs(pages: list[int], page_len: int, start: int, stop: int) -> list[slice]:
-    """Pages side by side make one slice."""
-    first, last = start // page_len, -(-stop // page_len)
-    if pages[first:last] == list(range(pages[first], pages[first] + last - first)):
-        shift = (pages[first] - first) * page_len
-        return [slice(start + shift, stop + shift)]
-    runs: list[slice] = []
-    for n in range(first, last):
-        shift = (pages[n] - n) * page_len
-        here = slice(max(start, n * page_len) + shift, min(stop, (n + 1) * page_len) + shift)
-        if runs and runs[-1].stop == here.start:
-            here = slice(runs.pop().start, here.stop)
-        runs.append(here)
-    return runs
-
-
-def _at(slots: Tensor, here: slice | Tensor) -> Float[Tensor, "G n D"]:
-    """A view for a slice; a copy for an index."""
-    return slots[:, here] if isinstance(here, slice) else slots.index_select(1, here)
+    return (share * torch.stack(o)).sum(0).to(q.dtype)
 
 
 def kernel(
@@ -285,13 +234,13 @@ def _check(q: Tensor, k: Pages, v: Pages, scale: float | None, splits: int | Non
     return D**-0.5 if scale is None else scale
 
 
-def _tables(k: Pages) -> Iterator[tuple[list[int], int]]:
-    """The pages and the length of every sequence, looked at before anything is read by them."""
-    last = k.slots.shape[1] // k.page_len - 1
-    for b, (pages, n) in enumerate(zip(k.table.tolist(), k.lengths.tolist(), strict=True)):
+def _lengths(k: Pages) -> list[int]:
+    """The length of every sequence; it and the pages are looked at before anything is read."""
+    last, lengths = k.slots.shape[1] // k.page_len - 1, k.lengths.tolist()
+    for b, (pages, n) in enumerate(zip(k.table.tolist(), lengths, strict=True)):
         if not 0 <= n <= len(pages) * k.page_len:
             raise ValueError(f"sequence {b}: length {n} with {len(pages)} pages of {k.page_len}")
         used = pages[: -(-n // k.page_len)]
         if used and not 0 <= min(used) <= max(used) <= last:
             raise ValueError(f"sequence {b} names pages {min(used)} to {max(used)} of 0 to {last}")
-        yield pages, n
+    return lengths
