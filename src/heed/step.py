@@ -27,15 +27,18 @@ from typing import Any, no_type_check
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.func import functional_call
 from torch.nn import functional as F
 
 OUTSIDE = ("tokens.weight", "positions.weight", "norm.weight", "norm.bias")
 PARTS = ("norm1", "attn.qkv", "attn.out", "norm2", "mlp.up", "mlp.down")
 INSIDE = tuple(f"{part}.{kind}" for part in PARTS for kind in ("weight", "bias"))
 # All rows of a product read the same norm. Left alone, the compiler computes it again for each of
-# them; this says that whatever takes more than 8 operations is computed once and kept.
-KEEP: Any = {"realize_opcount_threshold": 8}
+# them; this says that whatever takes more than 8 operations is computed once and kept. And all
+# tensors of a Step are its own and stay as they are: no call need look at them again.
+OPTIONS: Any = {
+    "realize_opcount_threshold": 8,
+    "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
+}
 
 
 @no_type_check  # a checker of shapes would break the graph
@@ -63,7 +66,7 @@ def decode(
         q, k, v = qkv.view(B, 3, H, 1, D).unbind(1)
         buffer.index_copy_(3, place, torch.stack([k, v]))
         keys, values = buffer  # (B, H, S, D)
-        scores = (q @ keys.mT).masked_fill(~filled, -math.inf) / math.sqrt(D)
+        scores = (q / math.sqrt(D) @ keys.mT).masked_fill(~filled, -math.inf)
         joined = (scores.softmax(-1) @ values).reshape(B, C)
         x = x + product(joined, w["attn.out.weight"]) + w["attn.out.bias"]
         y = F.layer_norm(x, (C,), w["norm2.weight"], w["norm2.bias"], eps)
@@ -77,8 +80,9 @@ def decode(
 class Step:
     """A `heed.gpt.GPT` that reads prompts as it is, and every token after them by `decode`.
 
-    It keeps its own copy of the weights, in `dtype` (the model's unless named); sums and cache are
-    in float32, or in float64 for a float64 model. The first token compiles: some ten seconds.
+    It keeps its own copy of the weights, in `dtype` (the model's unless named), and a model with
+    the same weights for prompts; sums and cache are in float32, or in float64 for a float64 model.
+    The first token compiles: some ten seconds.
     """
 
     def __init__(
@@ -91,22 +95,22 @@ class Step:
         backend: str | Callable[..., Any] = "inductor",
     ) -> None:
         stored = _check(model, batch_size, max_len, dtype)
-        given = {name: p.detach() for name, p in model.named_parameters()}
+        sums = torch.promote_types(stored, torch.float32)
+        self._model = copy.deepcopy(model).to(stored).to(sums).eval()
+        given = {name: p.detach() for name, p in self._model.named_parameters()}
         c, like = model.config, given[OUTSIDE[0]]
-        # A twin that shares the parameters and stays in eval mode, whatever mode the model is in.
-        self._model = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
         stacks = {n: [given[f"blocks.{i}.{n}"] for i in range(c.n_layers)] for n in INSIDE}
         self.weights = {name: given[name].to(stored, copy=True) for name in OUTSIDE}
         self.weights |= {name: torch.stack(s).to(stored) for name, s in stacks.items()}
         shape = (2, batch_size, c.n_heads, max_len, c.d_model // c.n_heads)
-        sums = torch.promote_types(stored, torch.float32)
-        self.cache = [like.new_zeros(shape, dtype=sums) for _ in range(c.n_layers)]
+        self.cache = [like.new_zeros(shape) for _ in range(c.n_layers)]
         self.place = torch.zeros(1, dtype=torch.int64, device=like.device)
+        self._ids = self.place.new_zeros(batch_size, 1)
         self.batch_size, self.max_len, self._eps = batch_size, max_len, model.norm.eps
         self.length = 0
         # The compiler keeps a few versions of one piece of code; each Step brings its own piece.
         own = FunctionType(decode.__code__.replace(), decode.__globals__)
-        options = KEEP if backend == "inductor" else None
+        options = OPTIONS if backend == "inductor" else None
         self._decode = torch.compile(
             own, fullgraph=True, dynamic=False, backend=backend, options=options
         )
@@ -117,10 +121,7 @@ class Step:
         if ids.ndim != 2 or len(ids) != self.batch_size or not 1 <= ids.shape[1] <= self.max_len:
             room = f"{self.batch_size} texts of 1 to {self.max_len} tokens"
             raise ValueError(f"a prompt is {room}, got ids {tuple(ids.shape)}")
-        weights = {name: w.to(self.cache[0].dtype) for name, w in self.weights.items()}
-        named = {name: weights[name] for name in OUTSIDE}
-        named |= {f"blocks.{i}.{n}": weights[n][i] for i in range(len(self.cache)) for n in INSIDE}
-        logits = functional_call(self._model, named, (ids,), {"cache": self})
+        logits = self._model(ids, cache=self)
         self.length = ids.shape[1]
         self.place.fill_(self.length)
         return logits[:, -1]
@@ -160,7 +161,8 @@ class Step:
 
     def advance(self, ids: Tensor) -> Tensor:
         """What a call computes, unchecked, all of it on the device: a CUDA graph may hold it."""
-        return self._decode(self.weights, self.cache, self.place, ids, self._eps)
+        self._ids.copy_(ids)
+        return self._decode(self.weights, self.cache, self.place, self._ids, self._eps)
 
     @torch.no_grad()
     def generate(self, ids: Int[Tensor, "B T"], n_new: int) -> Int[Tensor, "B T+{n_new}"]:
