@@ -34,9 +34,9 @@ from bench.duel import duel, error, show, slope, wall, work
 from bench.peers import paged
 from heed.attention import attention
 from heed.cache.contiguous import Contiguous
-from heed.cache.paged import Paged, PagedKVCache, Pages
+from heed.cache.paged import Packed, Paged, PagedKVCache, Pages
 from heed.flash import decode as flash_decode
-from heed.generation import generate
+from heed.generation import attending, generate
 from heed.gpt import GPT, GPTConfig
 from heed.interop import micro as micro_model
 from heed.interop import to_hf
@@ -54,7 +54,7 @@ SIZES = {
 }
 SKIPPED = {("large", 16), ("large", 256)}
 LEARNED = {"n_layers": 4, "d_model": 512, "n_heads": 8, "vocab_size": 89, "max_len": 128}
-SECONDS = 50  # of training for "speculative"
+STEPS = 200  # of training for "speculative"
 EMPTY: dict[str, Any] = {
     "settings": {
         "sizes": {name: SIZES[name] for name in ("small", "large")},
@@ -183,6 +183,18 @@ def token(size: str, batch: int, n_prompt: int, rounds: int) -> dict[str, Any]:
             return model(new, cache=cache)[:, -1]
 
         cases[name] = again
+    pool = caches(model, batch, room)["paged, gathered"]()
+    with torch.no_grad():
+        model(text, cache=pool)
+    where_it_stands = attending(model, flash_decode.packed)
+
+    def in_place() -> Tensor:
+        if pool.length > n_prompt:
+            pool.truncate(n_prompt)
+        row = where_it_stands(new.T, cache=Packed(pool.pool, pool.seqs, [1] * batch))
+        return row[0]
+
+    cases["paged, where it stands"] = in_place
     steps = {STEP: torch.float32, HALF: torch.bfloat16}
     # Compiling twelve layers takes minutes: for short texts of that size see "generate".
     for name, dtype in steps.items() if batch == 1 and (size, n_prompt) not in SKIPPED else ():
@@ -258,34 +270,22 @@ def pages(batch: int, n_heads: int, n: int, d_head: int, rounds: int) -> dict[st
     return {"kind": "pages", "shape": shape, "rows": rows}
 
 
-def learned(shape: Mapping[str, int], seconds: float, random_seed: int = 0) -> tuple[GPT, int]:
-    """A GPT that has read the Small English for so long, and its steps."""
-    torch.manual_seed(random_seed)
-    model, english, start = GPT(GPTConfig(**shape)), micro.language(), time.process_time()
-    draw, steps = torch.Generator().manual_seed(1), 0
+def learned(shape: Mapping[str, int], steps: int) -> GPT:
+    """A GPT that has read the Small English for so many steps."""
+    torch.manual_seed(0)
+    model, english = GPT(GPTConfig(**shape)), micro.language()
 
     def batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         ids = english.sample(8, min(65, shape["max_len"]), generator)
         return ids[:, :-1], ids[:, 1:]
 
-    while steps < 4 or time.process_time() - start < seconds:
-        n = 20 if seconds > 1 else 2
-        train(
-            model,
-            batch,
-            steps=n,
-            lr=1e-3,
-            random_seed=int(torch.randint(2**31, (), generator=draw)),
-        )
-        steps += n
-    return model.eval(), steps
+    train(model, batch, steps=steps, lr=1e-3, random_seed=1)
+    return model.eval()
 
 
-def speculative(
-    shape: Mapping[str, int], seconds: float, n_new: int, rounds: int
-) -> dict[str, Any]:
+def speculative(shape: Mapping[str, int], steps: int, n_new: int, rounds: int) -> dict[str, Any]:
     """Greedy text of a trained model, with and without drafts."""
-    model, steps = learned(shape, seconds)
+    model = learned(shape, steps)
     english, small = micro.language(), micro_model()
     ids = english.sample(1, 12, torch.Generator().manual_seed(3))
     cases: dict[str, Callable[[], Tensor]] = {CACHE: lambda: generate(model, ids, n_new)}
@@ -354,14 +354,14 @@ def plan(quick: bool) -> dict[str, tuple[dict[str, Any], Callable[[], dict[str, 
     ]
     checks = [("small", 1, 32, 9), ("large", 1, 32, 5)]
     stretches = [(1, 12, 1024, 64, 9), (16, 4, 1024, 64, 9), (16, 12, 1024, 64, 5)]
-    drafts: tuple = (LEARNED, SECONDS, 64, 5)
+    drafts: tuple = (LEARNED, STEPS, 64, 5)
     if quick:
         wholes, tokens = (
             [("tiny", 1, 5, 4, 3, 1)],
             [("tiny", b, p, 3) for b in (1, 16) for p in (5, 9)],
         )
         checks, stretches = [("tiny", 1, 8, 3)], [(2, 2, 37, 8, 3)]
-        drafts = (SIZES["tiny"] | {"vocab_size": 89}, 0.1, 8, 3)
+        drafts = (SIZES["tiny"] | {"vocab_size": 89}, 4, 8, 3)
     for cell in wholes:
         fields = dict(zip(("size", "batch", "prompt"), cell, strict=False))
         name = f"generate, {cell[0]}, batch {cell[1]}" + ", two threads" * (cell[5] == 2)

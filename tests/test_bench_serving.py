@@ -72,6 +72,15 @@ def test_a_forecast_from_steps_that_take_what_they_should_is_exact(model, monkey
             assert row["off"] == pytest.approx(0, abs=1e-6) and row["measured"] > 0
 
 
+def test_steps_are_measured_with_prompts_among_those_that_speak(model):
+    """Alone or all at once, a prompt would look cheaper than it is."""
+    todo = serving.orders(serving.QUICK, 12, 2)
+    steps = [load for load, _ in serving.measured(model, serving.QUICK, todo)]
+    assert sum(load.tokens for load in steps) >= sum(todo.news) + 12 * (serving.QUICK.prompt - 1)
+    mixed = [load for load in steps if 1 < load.rows < load.tokens < 2 * serving.QUICK.prompt]
+    assert len(mixed) >= 3 and any(load.rows == load.tokens == 1 for load in steps)
+
+
 def test_a_quick_run_keeps_nothing(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["serving", "--quick"])
     path = record.path("serving")
@@ -99,9 +108,10 @@ def test_the_record_says_how_it_was_made_and_holds_no_wrong_token():
         assert row["error"] == 0 and row["tokens per second"] > 0
 
 
-def test_in_the_record_the_simulator_foretells_the_makespan_within_15_percent():
+def test_in_the_record_the_simulator_foretells_the_engine_within_15_percent():
     for run in runs()["forecast"]["runs"].values():
         assert abs(run["makespan"]["off"]) < 0.15
+        assert abs(run["time to first token"]["off"]) < 0.15
         assert len(run["time to first token"]["off, each"]) == serving.WHOLE.forecasts
 
 

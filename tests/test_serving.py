@@ -305,7 +305,8 @@ def test_an_engine_is_measured_step_by_step():
     engine = Engine(model, n_pages=20, page_len=4, max_rows=2, max_tokens=6)
     for n in (3, 7):
         engine.submit(torch.arange(n), 3)
-    steps = measure(engine, lambda: next(clock))
+    steps = measure(engine, lambda: next(clock), 1)
+    steps += measure(engine, lambda: next(clock), most=0) + measure(engine, lambda: next(clock))
     # 3 and 3 of 7 tokens; then 1 and 4; then 1 and 1; then 1.
     assert [load for load, _ in steps] == [
         Load(6, 2, 6 + 6),
