@@ -168,6 +168,17 @@ def test_more_steps_live_side_by_side_than_the_compiler_keeps_versions():
         assert step(model, max_len=room).generate(ids, 2).equal(generate(model, ids, 2))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_scores_that_choose_no_token_are_refused(value):
+    model, ids = gpt(), prompts(2, 4)
+    s = step(model, 2)
+    s.weights["norm.bias"][0], s.weights["norm.weight"][0] = value, 0.0
+    s.weights["tokens.weight"][:, 0] = 1.0
+    s.prefill(ids)
+    with pytest.raises(ValueError, match=f"new token 2 has .*{value}"):
+        s.generate(ids, 4)
+
+
 def test_the_whole_step_is_one_graph_compiled_once():
     seen = []
 

@@ -170,10 +170,17 @@ class Step:
         if n_new < 0 or ids.ndim == 2 and ids.shape[1] + n_new - 1 > self.max_len:
             asked = f"{n_new} new tokens after ids {tuple(ids.shape)}"
             raise ValueError(f"{asked} do not fit into the room for {self.max_len}")
-        text = [ids]
+        text, best = [ids], [self.cache[0].new_zeros(self.batch_size, 1)]
         for n in range(n_new):
             logits = self.prefill(ids) if n == 0 else self._next(text[-1])
-            text.append(logits.argmax(-1, keepdim=True).to(ids.dtype))
+            score, new = logits.max(-1, keepdim=True)
+            text.append(new.to(ids.dtype))
+            best.append(score)
+        if not (scores := torch.cat(best, dim=1)).isfinite().all():  # asked once, not every step
+            n = int(scores.isfinite().all(0).long().argmin())
+            raise ValueError(
+                f"new token {n} has no finite largest score: got {scores[:, n].tolist()}"
+            )
         return torch.cat(text, dim=1)
 
 
