@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from heed.generation import attending, generate
 from heed.gpt import GPT, GPTConfig
 from heed.interop import micro as micro_model
 from heed.interop import to_hf
-from heed.speculative import Ngram, speculate
+from heed.speculative import Counts, Ngram, speculate
 from heed.step import Step
 from heed.training import train
 
@@ -270,7 +271,8 @@ def pages(batch: int, n_heads: int, n: int, d_head: int, rounds: int) -> dict[st
     return {"kind": "pages", "shape": shape, "rows": rows}
 
 
-def learned(shape: Mapping[str, int], steps: int) -> GPT:
+@cache
+def learned(steps: int, **shape: int) -> GPT:
     """A GPT that has read the Small English for so many steps."""
     torch.manual_seed(0)
     model, english = GPT(GPTConfig(**shape)), micro.language()
@@ -283,27 +285,51 @@ def learned(shape: Mapping[str, int], steps: int) -> GPT:
     return model.eval()
 
 
-def speculative(shape: Mapping[str, int], steps: int, n_new: int, rounds: int) -> dict[str, Any]:
-    """Greedy text of a trained model, with and without drafts."""
-    model = learned(shape, steps)
-    english, small = micro.language(), micro_model()
-    ids = english.sample(1, 12, torch.Generator().manual_seed(3))
-    cases: dict[str, Callable[[], Tensor]] = {CACHE: lambda: generate(model, ids, n_new)}
-    counts = {}
-    for name, draft in (("micro", small), ("last 2 words", Ngram(2))):
-        for n in (2, 4, 8):
-            case = f"draft {name}, {n}"
-            cases[case] = lambda draft=draft, n=n: speculate(model, draft, ids, n_new, n_draft=n)[0]
-            counts[case] = speculate(model, draft, ids, n_new, n_draft=n)[1]
-    right = generate(model.double(), ids, n_new)
+def speculative(
+    shape: Mapping[str, int], steps: int, n_new: int, rounds: int, drawn: bool
+) -> dict[str, Any]:
+    """Texts of a trained model with and without drafts, of the likeliest tokens or drawn.
+
+    A drawn text has no right tokens; its error is that of the likeliest ones, drafted as well.
+    """
+    model, small = learned(steps, **shape), micro_model()
+    starts = micro.language().sample(3, 12, torch.Generator().manual_seed(3)).split(1)
+    drafts = {"micro": small} if drawn else {"micro": small, "last 2 words": Ngram(2)}
+
+    def write(draft: Any, n: int, temperature: float) -> tuple[Tensor, list[Counts]]:
+        texts, counts = [], []
+        for random_seed, ids in enumerate(starts):
+            how = {
+                "temperature": temperature,
+                "generator": torch.Generator().manual_seed(random_seed),
+            }
+            if draft is None:
+                texts.append(generate(model, ids, n_new, **how))
+            else:
+                text, count = speculate(model, draft, ids, n_new, n_draft=n, **how)
+                texts.append(text)
+                counts.append(count)
+        return torch.cat(texts), counts
+
+    asked = {CACHE: (None, 0)}
+    asked |= {f"draft {name}, {n}": (x, n) for name, x in drafts.items() for n in (2, 4, 8)}
+    model.double()
+    right = write(None, 0, 0.0)[0]
     model.float()
-    errors = {name: float((run() != right).sum()) for name, run in cases.items()}
-    rows = duel(cases, errors=errors, rounds=rounds, timer=work)
-    for case, count in counts.items():
-        rows[case] |= count._asdict()
-        rows[case]["tokens a pass"] = n_new / count.passes
-    fields = {"shape": dict(shape), "steps": steps, "new": n_new, "text": ids.shape[1]}
-    return {"kind": "speculative", **fields, "rows": rows}
+    errors = {name: float((write(*x, 0.0)[0] != right).sum()) for name, x in asked.items()}
+    rows = duel(
+        {name: lambda x=x: write(*x, float(drawn)) for name, x in asked.items()},
+        errors=errors,
+        rounds=rounds,
+        timer=work,
+    )
+    for name, x in asked.items():
+        if x[0] is not None:
+            passes, drafted, accepted = map(sum, zip(*write(*x, float(drawn))[1], strict=True))
+            rows[name] |= {"passes": passes, "drafted": drafted, "accepted": accepted}
+            rows[name]["tokens a pass"] = n_new * len(starts) / passes
+    fields = {"shape": dict(shape), "steps": steps, "new": n_new, "texts": len(starts)}
+    return {"kind": "speculative", "drawn": drawn, **fields, "rows": rows}
 
 
 def slopes(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -374,7 +400,8 @@ def plan(quick: bool) -> dict[str, tuple[dict[str, Any], Callable[[], dict[str, 
     for cell in stretches:
         name = f"pages, {cell[0]} x {cell[1]} x {cell[2]} x {cell[3]}"
         found[name] = ({}, lambda cell=cell: pages(*cell))
-    found["speculative"] = ({}, lambda: speculative(*drafts))
+    for drawn, name in ((False, "speculative, likeliest"), (True, "speculative, drawn")):
+        found[name] = ({}, lambda drawn=drawn: speculative(*drafts, drawn))
     return found
 
 

@@ -94,14 +94,17 @@ def test_pages_hold_what_they_are_given_and_scattered_ones_lie_apart(scattered):
     assert near < 0.4 if scattered else near == 1
 
 
-def test_drafts_are_counted_and_change_no_token():
+@pytest.mark.parametrize("drawn", [False, True])
+def test_drafts_are_counted_and_change_no_token(drawn):
     shape = TINY | {"vocab_size": 89}
-    run = decode.speculative(shape, 4, 8, 3)
-    assert run["steps"] == 4
+    run = decode.speculative(shape, 4, 8, 3, drawn)
+    assert run["steps"] == 4 and run["drawn"] == drawn
     for name, row in run["rows"].items():
         assert row["error"] == 0
         if name.startswith("draft"):
-            assert row["tokens a pass"] == 8 / row["passes"] and row["accepted"] <= row["drafted"]
+            assert (
+                row["tokens a pass"] == 3 * 8 / row["passes"] and row["accepted"] <= row["drafted"]
+            )
 
 
 def test_more_training_reads_better():
@@ -112,7 +115,7 @@ def test_more_training_reads_better():
             return -model(ids[:, :-1]).log_softmax(-1).gather(2, ids[:, 1:, None]).mean().item()
 
     shape = TINY | {"vocab_size": 89}
-    model = decode.learned(shape, 4)
+    model = decode.learned(4, **shape)
     fresh = decode.GPT(model.config)
     assert cost(model) < cost(fresh)
 

@@ -55,6 +55,8 @@ def packed(
         raise ValueError(f"q must be (1, H, {sum(counts)}, D) for {counts}, got {tuple(q.shape)}")
     if any(not 0 <= new <= n for new, n in zip(counts, lengths, strict=True)):
         raise ValueError(f"{counts} new positions cannot be the last of {lengths}")
+    if set(counts) == {1}:
+        return attention(q[0].transpose(0, 1)[:, :, None], k, v)[:, :, 0].transpose(0, 1)[None]
     o = q.new_empty(*q.shape[:3], v.slots.shape[2])
     ends = torch.tensor(counts).cumsum(0).tolist()
     single = [b for b, new in enumerate(counts) if new == 1]
