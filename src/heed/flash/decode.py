@@ -145,10 +145,9 @@ def _one(q: Tensor, k: Tensor, v: Tensor, scale: float, splits: int) -> Float[Te
     q_, k_, v_ = (x.to(torch.promote_types(q.dtype, torch.float32)) for x in (q, k, v))
     o, lse = [], []
     for start, stop in pairwise(n * i // splits for i in range(splits + 1)):
-        if start < stop:
-            s = q_ * scale @ k_[:, :, start:stop].mT
-            o.append(s.softmax(3) @ v_[:, :, start:stop])
-            lse.append(s.logsumexp(3, keepdim=True))
+        s = q_ * scale @ k_[:, :, start:stop].mT
+        o.append(s.softmax(3) @ v_[:, :, start:stop])
+        lse.append(s.logsumexp(3, keepdim=True))  # of no position: -inf, no share
     share = torch.stack(lse).softmax(0)  # of each split in the whole sum
     return (share * torch.stack(o)).sum(0).to(q.dtype)
 
