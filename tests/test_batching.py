@@ -162,6 +162,13 @@ def test_all_pages_are_free_or_kept_for_others_when_all_have_ended():
     assert e.pool.free_pages == 3
 
 
+def test_a_request_may_fill_all_the_positions_of_the_model():
+    model, prompt = tiny(), torch.tensor([1])
+    e = engine(model, n_pages=10)
+    e.submit(prompt, 40)  # the last is said and never read
+    assert e.run()[0].tolist() == alone(model, prompt, 40, {})
+
+
 def test_a_shared_beginning_is_read_once():
     read = []
 
