@@ -139,6 +139,8 @@ def test_tokens_that_are_forgotten_leave_no_trace():
     for n in (-1, 7):
         with pytest.raises(ValueError, match=f"{n} of 6"):
             s.truncate(n)
+    s.truncate(0)
+    torch.testing.assert_close(s(ids[:, :1]), fresh.prefill(ids[:, :1]), rtol=0, atol=1e-12)
 
 
 def test_the_weights_are_a_copy():
