@@ -1,6 +1,6 @@
 """Tokens one at a time: caches, the compiled step, and how near they come to the memory's rate.
 
-    python -m bench.decode               what is not in the file yet; some 20 minutes
+    python -m bench.decode               what is not in the file yet; some 25 minutes
     python -m bench.decode --only small  records whose name contains this word, measured anew
     python -m bench.decode --quick       tiny sizes, printed and not kept
 
@@ -8,7 +8,7 @@ Three kinds of records. "generate" is a whole greedy call from a prompt of 32: o
 transformers' with the same weights. "token" is one new token behind p that have been read; "no
 cache" reads all of them again. Its limit is one pass over as many bytes as the model has weights:
 memory delivers no token faster. "several" are k tokens in one pass, as a draft is checked. Then
-"pages" (attention alone, over pages), "speculative" (wall time of `heed.speculative`) and slopes.
+"pages" (attention alone, over pages), "speculative" (`heed.speculative`) and slopes.
 
 An error is the number of new tokens that differ from those of float64 arithmetic with the same
 stored weights, or for scores and outputs the relative distance from it. Compiling is not timed; it
@@ -19,11 +19,11 @@ B texts · T tokens.
 
 import argparse
 import copy
+import functools
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from bench import micro, record, training
-from bench.duel import duel, error, show, slope, wall, work
+from bench.duel import AGAIN, LIMIT, duel, error, show, slope, wall, work
 from bench.peers import paged
 from heed.attention import attention
 from heed.cache.contiguous import Contiguous
@@ -45,7 +45,7 @@ from heed.speculative import Counts, Ngram, speculate
 from heed.step import Step
 from heed.training import train
 
-CACHE, NONE, LIMIT = "heed.gpt's cache", "no cache", "weights read once"
+CACHE, NONE, GATHERED = "heed.gpt's cache", "no cache", "paged, gathered"
 STEP, HALF = "heed.step", "heed.step, bfloat16 weights"
 PAGE = 16
 SIZES = {
@@ -112,7 +112,7 @@ def caches(model: GPT, batch: int, room: int) -> dict[str, Callable[[], Any]]:
     return {
         CACHE: lambda: model.new_cache(batch, room),
         "contiguous": lambda: Contiguous(c.n_layers, batch, max_len=room, **sizes),
-        "paged, gathered": pool,
+        GATHERED: pool,
     }
 
 
@@ -173,8 +173,8 @@ def token(size: str, batch: int, n_prompt: int, rounds: int) -> dict[str, Any]:
     model, ids = build(size), prompt(size, batch, n_prompt + 1)
     text, new, room = ids[:, :-1], ids[:, -1:], n_prompt + 1
     cases: dict[str, Callable[[], Tensor]] = {}
-    for name, make in caches(model, batch, room).items():
-        cache = make()
+    filled = {name: make() for name, make in caches(model, batch, room).items()}
+    for name, cache in filled.items():
         with torch.no_grad():
             model(text, cache=cache)
 
@@ -184,9 +184,7 @@ def token(size: str, batch: int, n_prompt: int, rounds: int) -> dict[str, Any]:
             return model(new, cache=cache)[:, -1]
 
         cases[name] = again
-    pool = caches(model, batch, room)["paged, gathered"]()
-    with torch.no_grad():
-        model(text, cache=pool)
+    pool = filled[GATHERED]
     where_it_stands = attending(model, flash_decode.packed)
 
     def in_place() -> Tensor:
@@ -271,7 +269,7 @@ def pages(batch: int, n_heads: int, n: int, d_head: int, rounds: int) -> dict[st
     return {"kind": "pages", "shape": shape, "rows": rows}
 
 
-@cache
+@functools.cache
 def learned(steps: int, **shape: int) -> GPT:
     """A GPT that has read the Small English for so many steps."""
     torch.manual_seed(0)
@@ -355,7 +353,7 @@ def slopes(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
                     for run in members
                     if case in run["rows"]
                 )
-                if len(points) < 2 or case in ("limit", "again"):
+                if len(points) < 2 or case in (LIMIT, AGAIN):
                     continue
                 n, seconds = zip(*points, strict=True)
                 kept = 2 * c["n_layers"] * c["d_model"]
