@@ -244,9 +244,7 @@ def test_no_text_has_a_forbidden_word():
     assert found == set()
 
 
-@pytest.mark.parametrize(
-    "line", ["see /work/main/x", "(/tmp/w/v/bin)", "It is simply", "Obviously,"]
-)
+@pytest.mark.parametrize("line", ["see /work/x", "(/tmp/w/x)", "It is simply", "Obviously,"])
 def test_the_word_check_sees(line):
     assert FORBIDDEN.search(line)
 
