@@ -79,6 +79,7 @@ def test_steps_are_measured_with_prompts_among_those_that_speak(model):
     assert sum(load.tokens for load in steps) >= sum(todo.news) + 12 * (serving.QUICK.prompt - 1)
     mixed = [load for load in steps if 1 < load.rows < load.tokens < 2 * serving.QUICK.prompt]
     assert len(mixed) >= 3 and any(load.rows == load.tokens == 1 for load in steps)
+    assert (steps[0].tokens, steps[0].rows) == (serving.QUICK.prompt, 1), "all came at once"
 
 
 def test_a_quick_run_keeps_nothing(monkeypatch, capsys):
